@@ -1,0 +1,121 @@
+"""A configuration file becomes a typed model, or one line a mistake.
+
+YAML and `a.b=value` overrides are read by OmegaConf, checked by pydantic. Every mistake names the file, the place, what
+was found, what was expected and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class UserError(Exception):
+    """A mistake of the person at the keyboard: printed as it is, in one line, without a traceback; exit code 2."""
+
+
+class Settings(BaseModel):
+    """Base of every configuration model: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A clause that names the closest valid name, and all of them: "did you mean 'lr'? (valid: lr, seed)"."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    guess = f"did you mean '{close[0]}'? " if close else ""
+    return f"{guess}(valid: {', '.join(names)})"
+
+
+def load_settings(model: type[SettingsT], path: Path | str, overrides: Sequence[str] = ()) -> SettingsT:
+    """Read `path`, apply `overrides` ("a.b=value"), and check the result against `model`.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or does not fit the model; one line a mistake.
+    """
+    return check_settings(model, read_yaml(path, overrides), str(path))
+
+
+def read_yaml(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain mapping in `path` with `overrides` merged over it, interpolations resolved.
+
+    Raises:
+        UserError: the file is missing, is not a YAML mapping, or an override has no "=".
+    """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = Path(path)
+    if not path.is_file():
+        beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = nearest(path.name, beside) if beside else "no .yaml file there"
+        raise UserError(f"config {path}: no such file; {hint}")
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override '{override}': expected key=value, as in train.steps=100")
+    try:
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise UserError(f"config {path}: expected a mapping of keys, found {type(loaded).__name__}")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: {' '.join(str(error).split())}") from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def check_settings(model: type[SettingsT], values: dict[str, Any], place: str) -> SettingsT:
+    """`values` as a `model`; `place` (a file name) begins every line of the error.
+
+    Raises:
+        UserError: one line a mistake.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [f"config {place}: {_explain(model, mistake)}" for mistake in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(lines))) from error
+
+
+def _explain(model: type[BaseModel], mistake: Any) -> str:
+    location = tuple(mistake["loc"])
+    where = ".".join(str(part) for part in location) or "(top level)"
+    found = mistake["input"]
+    if mistake["type"] == "extra_forbidden":
+        return f"{where}: unknown key; {nearest(str(location[-1]), _keys_at(model, location[:-1]))}"
+    if mistake["type"] == "missing":
+        return f"{where}: missing; expected a value"
+    message = str(mistake["msg"]).removeprefix("Value error, ")
+    if isinstance(found, dict | list | BaseModel) or mistake["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {message}; found {found!r}"
+
+
+def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> set[str]:
+    """Field names valid at `location`: through nested models, lists, dicts and unions (their union)."""
+    models: set[type[BaseModel]] = {model}
+    for part in location:
+        found: set[type[BaseModel]] = set()
+        for candidate in models:
+            field = candidate.model_fields.get(str(part))
+            found |= _models_in(field.annotation) if field is not None else set()
+        models = found or models  # a union's tag or a list index stays where it is
+    return {name for candidate in models for name in candidate.model_fields}
+
+
+def _models_in(annotation: Any) -> set[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return {model for part in typing.get_args(annotation) for model in _models_in(part)}

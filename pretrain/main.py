@@ -1,0 +1,113 @@
+"""The `parallelotope` command: a table of sub-commands, each imported only when it is called.
+
+`--help` and mistakes in a config therefore answer without torch. To add a command, add a line to the table.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from data_pipeline.settings import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Where a sub-command's function lives ("module:function") and its line in `--help`."""
+
+    target: str
+    help: str
+
+
+COMMANDS = {
+    "demo": Entry(target="launch.demo:demo", help="Corpus, shards, training (killed once and resumed), evaluation."),
+    "demo-corpus": Entry(target="data_pipeline.demo_corpus.command:demo_corpus", help="Write procedural video clips."),
+    "shard": Entry(target="data_pipeline.command:shard", help="Turn a manifest into WebDataset shards with Ray."),
+    "verify": Entry(target="data_pipeline.command:verify", help="Re-read every byte of a sharded dataset."),
+    "pretrain": Entry(target="pretrain.command:pretrain", help="Train the towers of a config on this rank."),
+    "evaluate": Entry(target="pretrain.command:evaluate", help="Retrieval metrics of a run on a dataset's split."),
+}
+LAUNCH_COMMANDS = {
+    "local": Entry(target="launch.command:local", help="Train on several ranks of this machine."),
+}
+
+
+def _lazy_group(entries: dict[str, Entry]) -> type[TyperGroup]:
+    class LazyGroup(TyperGroup):
+        def list_commands(self, ctx: Any) -> list[str]:
+            return [*entries, *super().list_commands(ctx)]
+
+        def get_command(self, ctx: Any, name: str) -> Any:
+            entry = entries.get(name)
+            return super().get_command(ctx, name) if entry is None else _command(name, lambda: None, entry.help)
+
+        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            name, command, rest = super().resolve_command(ctx, args)
+            if name in entries:
+                module, function = entries[name].target.split(":")
+                command = _command(name, getattr(importlib.import_module(module), function), None)
+            return name, command, rest
+
+    return LazyGroup
+
+
+def _command(name: str, function: Callable[..., Any], help_line: str | None) -> Any:
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(name=name, help=help_line)(function)
+    command = typer.main.get_command(app)
+    command.name = name
+    return command
+
+
+def build_app() -> typer.Typer:
+    """The command-line application, with every sub-command of the two tables."""
+    app = typer.Typer(
+        cls=_lazy_group(COMMANDS), add_completion=False, no_args_is_help=True, rich_markup_mode=None,
+        pretty_exceptions_enable=False, help="Pretrain video-audio-text encoders on a global batch, exactly.",
+    )  # fmt: skip
+    launch = typer.Typer(
+        cls=_lazy_group(LAUNCH_COMMANDS), no_args_is_help=True, rich_markup_mode=None, help="Start a run somewhere."
+    )
+    app.callback()(lambda: None)
+    launch.callback()(lambda: None)
+    app.add_typer(launch, name="launch")
+    return app
+
+
+def check_siblings() -> None:
+    """Refuse to run when another distribution has overwritten one of our three import packages.
+
+    Raises:
+        UserError: a sibling package is not the one beside this file.
+    """
+    home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    for package in ("data_pipeline", "launch"):
+        spec = importlib.util.find_spec(package)
+        where = os.path.dirname(spec.origin) if spec is not None and spec.origin else None
+        if where != os.path.join(home, package):
+            raise UserError(
+                f"import package '{package}' is found at {where}, expected {os.path.join(home, package)}: another "
+                "distribution provides the same name; remove it and reinstall parallelotope"
+            )
+
+
+def main() -> None:
+    """Run the command line; a `UserError` is printed in one line and exits with 2."""
+    try:
+        check_siblings()
+        build_app()()
+    except UserError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
