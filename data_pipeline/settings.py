@@ -116,6 +116,7 @@ def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> set[str]:
 
 
 def _models_in(annotation: Any) -> set[type[BaseModel]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    plain_class = isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias)
+    if plain_class and issubclass(annotation, BaseModel):
         return {annotation}
     return {model for part in typing.get_args(annotation) for model in _models_in(part)}

@@ -128,7 +128,7 @@ class ShardWriter:
     def __post_init__(self) -> None:
         self._tar_path = self.folder / f"{self.name}.tar"
         self._partial = self.folder / f".{self.name}.tar.partial"
-        self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT)
+        self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed by close()
 
     @property
     def num_samples(self) -> int:
@@ -216,7 +216,7 @@ def read_dataset_json(folder: Path | str) -> dict[str, Any]:
         raise UserError(f"dataset {folder}: no such folder; expected the output of 'parallelotope shard'")
     path = folder / "dataset.json"
     if not path.is_file():
-        raise UserError(f"dataset {folder}: no dataset.json; sharding has not finished there: run 'parallelotope shard'")
+        raise UserError(f"dataset {folder}: no dataset.json: sharding has not finished; run 'parallelotope shard'")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         version = info["schema_version"]

@@ -1,0 +1,198 @@
+"""The training configuration: every key of a `pretrain` YAML file, its unit, its default and where that comes from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from data_pipeline.settings import Settings
+
+
+class SplitConfig(Settings):
+    """One split of one sharded dataset."""
+
+    path: str  # folder with dataset.json
+    split: str
+
+
+class AugmentConfig(Settings):
+    """Random changes of training samples, drawn from (seed, epoch, sample). Evaluation never augments."""
+
+    crop_scale: tuple[float, float] = (0.8, 1.0)  # share of the picture's area that is kept
+    flip: bool = False  # mirrors the picture; off because captions may say left and right
+    brightness: float = Field(0.1, ge=0, le=1)  # factor drawn from [1 - b, 1 + b]
+    gain_db: float = Field(6.0, ge=0)  # gain of the sound drawn from [-g, g]
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError(f"expected 0 < low <= high <= 1, found {value}")
+        return value
+
+
+class DataConfig(Settings):
+    """Where samples come from and what is taken of each."""
+
+    train: SplitConfig
+    validation: SplitConfig | None = None
+    window_s: PositiveFloat = 4.0  # frames and sound of a sample come from the same window of this length
+    num_workers: int = Field(2, ge=0)  # decoding processes a rank; 0 decodes in the training process
+    prefetch_batches: PositiveInt = 2  # batches a worker keeps ready
+    block_shards: PositiveInt = 8  # samples are shuffled inside blocks of this many (shuffled) shards
+    augment: AugmentConfig = AugmentConfig()
+
+
+class TransformerConfig(Settings):
+    """A transformer encoder built from scratch."""
+
+    width: PositiveInt = 128
+    depth: PositiveInt = 2
+    num_heads: PositiveInt = 4
+    mlp_ratio: PositiveFloat = 4.0
+    dropout: float = Field(0.0, ge=0, lt=1)
+    patch_dropout: float = Field(0.0, ge=0, lt=1)  # share of patches left out in training (video only)
+    patch_px: PositiveInt = 16  # side of a patch (video: pixels; audio: mel bands)
+    patch_steps: PositiveInt = 16  # audio only: spectrogram steps a patch spans
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TransformerConfig:
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
+        return self
+
+
+class TowerConfig(Settings):
+    """What the three towers share. `encoder` is `timm:NAME`, `hf:NAME_OR_FOLDER`, or a block of TransformerConfig."""
+
+    encoder: str | TransformerConfig = TransformerConfig()
+    pretrained: bool = True  # only for encoders given by name: load their published weights
+    freeze: bool = False  # train the projection only
+
+    @field_validator("encoder")
+    @classmethod
+    def _known_source(cls, value: str | TransformerConfig) -> str | TransformerConfig:
+        if isinstance(value, str) and value.split(":")[0] not in ("timm", "hf"):
+            raise ValueError(f"expected 'timm:NAME', 'hf:NAME_OR_FOLDER' or a block, found '{value}'")
+        return value
+
+
+class VideoTowerConfig(TowerConfig):
+    """An image encoder on each frame, then pooling over time."""
+
+    num_frames: PositiveInt = 8  # spread evenly over the window
+    size_px: PositiveInt = 224
+    pooling: Literal["mean", "transformer"] = "transformer"  # the mean is blind to the order of frames
+
+
+class AudioTowerConfig(TowerConfig):
+    """A spectrogram transformer (AST) on log-mel energies of mono sound."""
+
+    sample_rate_hz: PositiveInt = 16_000
+    num_mels: PositiveInt = 64
+    fft_s: PositiveFloat = 0.025
+    hop_s: PositiveFloat = 0.010
+
+
+class TextTowerConfig(TowerConfig):
+    """A text encoder with its tokenizer: `default` is the byte-level BPE that this project ships."""
+
+    tokenizer: str = "default"  # or hf:NAME_OR_FOLDER
+    max_tokens: PositiveInt = 64
+
+
+class TowersConfig(Settings):
+    """The modalities of a run: those that have a tower."""
+
+    video: VideoTowerConfig | None = None
+    audio: AudioTowerConfig | None = None
+    text: TextTowerConfig | None = None
+
+    @model_validator(mode="after")
+    def _at_least_two(self) -> TowersConfig:
+        if len(self.names) < 2:
+            raise ValueError(f"at least two towers of video, audio, text are needed, found {list(self.names)}")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Modalities that have a tower, in a fixed order."""
+        return tuple(name for name in ("video", "audio", "text") if getattr(self, name) is not None)
+
+
+class ObjectiveConfig(Settings):
+    """One weighted objective: its registered name and its options, checked by the objective itself."""
+
+    name: str
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+
+
+class OptimizerConfig(Settings):
+    """AdamW. Norms, biases, embeddings of position and learned scalars are not decayed."""
+
+    lr: PositiveFloat = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.05, ge=0)
+
+
+class ScheduleConfig(Settings):
+    """Linear warmup, then a cosine to `final_lr_ratio` of the peak at the last step."""
+
+    num_steps: PositiveInt
+    warmup_steps: int = Field(0, ge=0)
+    final_lr_ratio: float = Field(0.0, ge=0, le=1)
+
+
+class TrainConfig(Settings):
+    """The step: what is computed at once, where state lives, in which precision."""
+
+    global_batch: PositiveInt  # samples of one step over all ranks
+    chunk: PositiveInt = 32  # samples a rank holds activations for at once; never changes the result
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; master weights, projections, scalars stay fp32
+    grad_clip: float = Field(1.0, ge=0)  # on the norm of the whole gradient; 0 turns it off
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    threads: int = Field(0, ge=0)  # CPU threads a rank computes with; 0: cores / ranks of this machine
+
+
+class CheckpointConfig(Settings):
+    """When state is saved and how many checkpoints stay (the best one is kept besides)."""
+
+    every_steps: PositiveInt = 1000
+    every_minutes: PositiveFloat = 30.0
+    keep_last: PositiveInt = 2
+
+
+class ValidationConfig(Settings):
+    """Retrieval on the validation split while training."""
+
+    every_steps: PositiveInt = 500
+    max_samples: PositiveInt = 1000
+
+
+class RunConfig(Settings):
+    """A whole training run."""
+
+    run_dir: str
+    seed: int = 0
+    data: DataConfig
+    towers: TowersConfig
+    embedding_dim: PositiveInt = 512
+    objective: list[ObjectiveConfig] = Field(min_length=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    init_from: str | None = None  # a run folder or checkpoint whose weights start this run; its step is not taken
+
+    @model_validator(mode="after")
+    def _enough_dimensions(self) -> RunConfig:
+        if self.embedding_dim < len(self.towers.names):
+            raise ValueError(
+                f"embedding_dim {self.embedding_dim} is smaller than the number of modalities "
+                f"{len(self.towers.names)}: every volume would be 0"
+            )
+        return self
