@@ -126,7 +126,7 @@ class ObjectiveConfig(Settings):
 
     name: str
     weight: float = 1.0
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class OptimizerConfig(Settings):
