@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from data_pipeline.settings import Settings
+from pretrain.objective_config import ObjectiveConfig
 
 
 class SplitConfig(Settings):
@@ -119,14 +120,6 @@ class TowersConfig(Settings):
     def names(self) -> tuple[str, ...]:
         """Modalities that have a tower, in a fixed order."""
         return tuple(name for name in ("video", "audio", "text") if getattr(self, name) is not None)
-
-
-class ObjectiveConfig(Settings):
-    """One weighted objective: its registered name and its options, checked by the objective itself."""
-
-    name: str
-    weight: float = 1.0
-    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class OptimizerConfig(Settings):

@@ -1,0 +1,91 @@
+"""Training objectives, one file a paper: `build_objective(name, **options)` and `WeightedSum` of several."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from data_pipeline.settings import UserError, check_settings, nearest
+from pretrain.objective_config import OPTIONS, GramOptions, InfonceOptions, ObjectiveOptions
+from pretrain.objectives.embeddings import Embeddings
+from pretrain.objectives.terms import LearnedScalars, Objective, ObjectiveOutput, Term, positive_cosines
+
+__all__ = ["Embeddings", "Objective", "ObjectiveOutput", "WeightedSum", "build_objective"]
+
+
+def build_objective(name: str, *, modalities: tuple[str, ...] | None = None, **options: Any) -> Objective:
+    """The objective registered as `name` (its file's name) with its options.
+
+    Args:
+        name: "gram", "infonce".
+        modalities: the names the run has, to check names in options; None checks them when called.
+
+    Raises:
+        UserError: unknown name or option, with the nearest valid one.
+    """
+    if name not in OPTIONS:
+        raise UserError(f"objective '{name}': unknown; {nearest(name, OPTIONS)}")
+    checked = check_settings(OPTIONS[name], {"name": name, **options}, f"objective {name}")
+    return _build(name, checked, modalities)
+
+
+def _build(name: str, options: ObjectiveOptions, modalities: tuple[str, ...] | None) -> Objective:
+    built = importlib.import_module(f"pretrain.objectives.{name}").OBJECTIVE(options, modalities)
+    assert isinstance(built, Objective)
+    return built
+
+
+class WeightedSum(nn.Module):
+    """Several objectives as one: terms are concatenated, their weights multiplied, and cosines of positives added.
+
+    Args:
+        configs: options of each objective, as in a run's config.
+        modalities: names the run has.
+    """
+
+    def __init__(self, configs: Sequence[GramOptions | InfonceOptions], modalities: tuple[str, ...]) -> None:
+        super().__init__()
+        parts = [_build(config.name, config, modalities) for config in configs]
+        self.parts = nn.ModuleList(parts)
+        self.scalars = _JoinedScalars([part.scalars for part in parts])
+
+    def terms(self, embeddings: Embeddings, scalars: dict[str, Tensor]) -> list[Term]:
+        """All terms; `scalars` are those that `self.scalars()` returns."""
+        return [*self.loss_terms(embeddings, scalars), *positive_cosines(embeddings)]
+
+    def loss_terms(self, embeddings: Embeddings, scalars: dict[str, Tensor]) -> list[Term]:
+        """The terms that have a weight."""
+        return [
+            dataclasses.replace(term, weight=term.weight * part.options.weight)
+            for part, own in self._with_scalars(scalars)
+            for term in part.terms(embeddings, own)
+        ]
+
+    def temperatures(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        """{"temperature/gram": 0.07}: what each learned temperature stands at, for the log."""
+        return {
+            f"temperature/{part.name}": part.temperature(own, own["temperature"]).item()
+            for part, own in self._with_scalars(scalars)
+            if "temperature" in own
+        }
+
+    def _with_scalars(self, scalars: dict[str, Tensor]) -> Iterator[tuple[Objective, dict[str, Tensor]]]:
+        for index, part in enumerate(self.parts):
+            assert isinstance(part, Objective)
+            prefix = f"{index}."
+            yield part, {name.removeprefix(prefix): v for name, v in scalars.items() if name.startswith(prefix)}
+
+
+class _JoinedScalars(nn.Module):
+    """The scalars of several objectives as one dict, keys prefixed by the position of the objective."""
+
+    def __init__(self, parts: list[LearnedScalars]) -> None:
+        super().__init__()
+        self.parts = parts  # a plain list: the parameters are registered by the objectives themselves
+
+    def forward(self) -> dict[str, Tensor]:
+        return {f"{index}.{name}": value for index, part in enumerate(self.parts) for name, value in part().items()}

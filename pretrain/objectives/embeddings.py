@@ -1,0 +1,46 @@
+"""What an objective sees of a batch: unit vectors by modality, and which of them are really there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """Embeddings of n samples.
+
+    vectors: unit rows a modality. present: which rows count; None: all. ids: samples with equal ids are the same item
+    and never negatives of each other; None: all different. views: further embeddings of the same samples by name.
+    """
+
+    vectors: dict[str, Float[Tensor, "samples dim"]]
+    present: dict[str, Bool[Tensor, " samples"]] | None = None
+    ids: Int[Tensor, " samples"] | None = None
+    views: dict[str, Embeddings] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Number of rows of every modality."""
+        return next(iter(self.vectors.values())).shape[0]
+
+    def mask(self, modality: str) -> Bool[Tensor, " samples"]:
+        """Which rows of `modality` count: present, and not all zero (a zero row has no direction)."""
+        vectors = self.vectors[modality]
+        nonzero = (vectors.detach() != 0).any(dim=1)
+        return nonzero if self.present is None else nonzero & self.present[modality]
+
+    def rows(self, modality: str) -> Float[Tensor, "samples dim"]:
+        """Vectors with zeros where they do not count: nothing behind a false mask, NaN included, has an effect."""
+        vectors = self.vectors[modality]
+        return torch.where(
+            self.mask(modality)[:, None], vectors, torch.zeros((), dtype=vectors.dtype, device=vectors.device)
+        )
+
+    def sample_ids(self) -> Int[Tensor, " samples"]:
+        """The ids, or -1 for "all different"."""
+        device = next(iter(self.vectors.values())).device
+        return torch.full((self.num_samples,), -1, device=device) if self.ids is None else self.ids.to(device)
