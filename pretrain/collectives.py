@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The ranks that share a global batch. Every rank holds equally many rows, rank r the r-th block of them."""
+    """The ranks that share a global batch. Every rank holds equally many rows, rank r the r-th block of them.
+
+    device: where this rank computes, and where the tensors of its collectives live.
+    """
 
     rank: int = 0
     size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def gather_rows(self, local: Tensor) -> Tensor:
         """[n, ...] on each rank -> [size * n, ...] in rank order on all; backward sums the gradients of all ranks."""
@@ -39,6 +43,10 @@ class World:
             dist.all_reduce(result, op=operation)
         return result
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(self.max(torch.tensor([here], dtype=torch.int32, device=self.device)).item())
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -56,7 +64,7 @@ class _GatherRows(torch.autograd.Function):
         # Booleans travel as bytes: not every backend takes them.
         wire = local.to(torch.uint8) if local.dtype == torch.bool else local
         gathered = wire.new_empty((world.size * wire.shape[0], *wire.shape[1:]))
-        dist.all_gather_into_tensor(gathered, wire)
+        dist.all_gather_single(gathered, wire)
         return gathered.to(local.dtype)
 
     @staticmethod
@@ -64,5 +72,5 @@ class _GatherRows(torch.autograd.Function):
         world: World = ctx.world
         grad = grads[0].contiguous()
         own = grad.new_empty((grad.shape[0] // world.size, *grad.shape[1:]))
-        dist.reduce_scatter_tensor(own, grad, op=dist.ReduceOp.SUM)
+        dist.reduce_scatter_single(own, grad, op=dist.ReduceOp.SUM)
         return own, None

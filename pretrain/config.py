@@ -148,6 +148,8 @@ class TrainConfig(Settings):
     grad_clip: float = Field(1.0, ge=0)  # on the norm of the whole gradient; 0 turns it off
     zero_stage: Literal[0, 1, 2, 3] = 2
     threads: int = Field(0, ge=0)  # CPU threads a rank computes with; 0: cores / ranks of this machine
+    log_every: PositiveInt = 10  # steps between lines on the terminal; metrics.jsonl has every step
+    log_samples: bool = False  # write the keys of every step's samples to RUN/samples/
 
 
 class CheckpointConfig(Settings):

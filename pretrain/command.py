@@ -1,0 +1,81 @@
+"""The `pretrain` and `evaluate` commands. Everything that can be wrong without torch is found before it is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline.settings import UserError, load_settings, nearest
+from data_pipeline.shards import read_dataset_json, write_json
+from pretrain.config import RunConfig
+
+
+def pretrain(
+    config: Annotated[Path, typer.Argument(help="YAML of pretrain.config.RunConfig.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Keys to change: train.chunk=64 ...")] = None,
+) -> None:
+    """Train the towers of CONFIG on this rank; the same command resumes.
+
+    Runs alone, or as one rank under torchrun, deepspeed, srun or `parallelotope launch`. Exit codes: 0 finished,
+    75 stopped on a signal with a checkpoint (run it again), 2 a mistake, said in one line.
+    """
+    settings = load_settings(RunConfig, config, overrides or [])
+    check_before_torch(settings, int(os.environ.get("WORLD_SIZE") or 1))
+    from pretrain.ranks import join_ranks, leave_ranks, num_ranks
+
+    check_before_torch(settings, num_ranks())
+    world = join_ranks(settings.train.threads)
+    from pretrain.trainer import Trainer
+
+    try:
+        code = Trainer(settings, world).run()
+    finally:
+        leave_ranks()
+    raise typer.Exit(code)
+
+
+def check_before_torch(config: RunConfig, ranks: int) -> None:
+    """Refuse what cannot run: data that is not there, ranks that do not divide the global batch.
+
+    Raises:
+        UserError: one line.
+    """
+    for place, part in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        if part is None:
+            continue
+        splits = read_dataset_json(part.path)["splits"]
+        if part.split not in splits:
+            raise UserError(f"{place}: dataset {part.path} has no split '{part.split}'; {nearest(part.split, splits)}")
+    if config.train.global_batch % ranks:
+        raise UserError(f"train.global_batch {config.train.global_batch} is not divisible by {ranks} ranks")
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")],
+    data: Annotated[Path, typer.Option(help="A dataset folder.")],
+    split: Annotated[str, typer.Option(help="The split to evaluate.")] = "test",
+    checkpoint: Annotated[str, typer.Option(help="best or last.")] = "best",
+    workers: Annotated[int, typer.Option(help="Decoding processes.")] = 2,
+) -> None:
+    """Retrieval of a run on a split: a table, and RUN/evaluation-SPLIT.json."""
+    if checkpoint not in ("best", "last"):
+        raise UserError(f"--checkpoint {checkpoint}: {nearest(checkpoint, ['best', 'last'])}")
+    if not run.is_dir():
+        raise UserError(f"run {run}: no such folder; expected a run_dir of 'parallelotope pretrain'")
+    from rich.console import Console
+
+    from pretrain.evaluate import evaluate_run
+
+    report, source = evaluate_run(run, data, split, checkpoint, workers)
+    folder = run.parent.parent if (run / "checkpoint.json").is_file() else run
+    target = folder / f"evaluation-{split}.json"
+    write_json(target, {"checkpoint": source.name, "data": str(data), "split": split, **report.to_json()})
+    console = Console()
+    console.print(report.table(f"{run} ({source.name}) on {split}"))
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", markup=False)
+    console.print(f"written to {json.dumps(str(target))}", markup=False, highlight=False)

@@ -1,0 +1,138 @@
+"""Embed a split and measure retrieval on it: during training over all ranks, afterwards in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.settings import load_settings
+from data_pipeline.shards import ShardedDataset
+from pretrain import checkpoint
+from pretrain.collectives import ALONE, World
+from pretrain.config import RunConfig
+from pretrain.data.loader import EvalLoader
+from pretrain.engine import Engine
+from pretrain.grad_cache import no_stage
+from pretrain.model import PretrainModel
+from pretrain.retrieval import RetrievalReport, evaluate_retrieval
+
+Forward = Callable[[dict[str, dict[str, Tensor]], dict[str, Tensor]], dict[str, Tensor]]
+
+
+@torch.no_grad()
+def embed_split(
+    forward: Forward, loader: EvalLoader, config: RunConfig, world: World = ALONE
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Embeddings {modality: [n, D]} and presence {modality: bool [n]} of all samples of all ranks, on the CPU.
+
+    Every rank calls `forward` equally often (a rank that has fewer batches repeats its last one and drops the result),
+    so that a sharded model can be used.
+    """
+    names = config.towers.names
+    vectors: dict[str, list[Tensor]] = {name: [] for name in names}
+    present: dict[str, list[Tensor]] = {name: [] for name in names}
+    calls = 0
+    for batch in loader:
+        inputs, masks = batch.chunk(0, batch.num_samples, world.device)
+        found = forward(inputs, masks)
+        calls += 1
+        for name in names:
+            vectors[name].append(found[name].float())
+            present[name].append(masks[name])
+    most = int(world.max(torch.tensor([calls], device=world.device)).item())
+    for _ in range(most - calls):
+        forward(inputs, masks)
+    empty = torch.zeros(0, config.embedding_dim, device=world.device)
+    nothing = torch.zeros(0, dtype=torch.bool, device=world.device)
+    return (
+        {name: _gather_ragged(torch.cat([empty, *parts]), world).cpu() for name, parts in vectors.items()},
+        {name: _gather_ragged(torch.cat([nothing, *parts]), world).cpu() for name, parts in present.items()},
+    )
+
+
+def _gather_ragged(local: Tensor, world: World) -> Tensor:
+    """Rows of all ranks in rank order, where ranks may hold different numbers of them."""
+    sizes = world.gather_rows(torch.tensor([len(local)], device=local.device)).tolist()
+    longest = max(sizes)
+    padded = torch.cat([local, local.new_zeros(longest - len(local), *local.shape[1:])])
+    blocks = world.gather_rows(padded).split(longest) if longest else [local]
+    return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=False)])
+
+
+def anchor_of(config: RunConfig) -> str:
+    """The modality whose queries are scored first: the objective's anchor, else text, else the first tower."""
+    anchors = [part.anchor for part in config.objective if part.anchor is not None]
+    names = config.towers.names
+    return anchors[0] if anchors and anchors[0] in names else "text" if "text" in names else names[0]
+
+
+def own_score(config: RunConfig) -> str:
+    """How the run itself scores a tuple: by volume under `gram`, else by summed cosine."""
+    return "volume" if any(part.name == "gram" for part in config.objective) else "summed_cosine"
+
+
+def validation_score(
+    engine: Engine, dataset: ShardedDataset, config: RunConfig, world: World
+) -> tuple[dict[str, Any], float]:
+    """Report as JSON, and R@1 of anchor -> all other modalities by the run's own score. A collective call."""
+    loader = EvalLoader(
+        dataset, config.data, config.towers, batch_size=config.train.chunk, rank=world.rank, world=world.size,
+        max_samples=config.validation.max_samples,
+    )  # fmt: skip
+    engine.train(False)
+    try:
+        vectors, present = embed_split(
+            lambda inputs, masks: engine(inputs, masks, around=no_stage)[0], loader, config, world
+        )
+    finally:
+        engine.train(True)
+        loader.close()
+    report = evaluate_retrieval(vectors, present, anchor=anchor_of(config))
+    return report.to_json(), headline(report, config)
+
+
+def headline(report: RetrievalReport, config: RunConfig) -> float:
+    """R@1 of anchor -> all others together, by the run's own score."""
+    anchor = anchor_of(config)
+    others = [name for name in config.towers.names if name != anchor]
+    return report.find(anchor, others, own_score(config)).recall_at_1
+
+
+def load_run(run: Path, which: str = "best") -> tuple[RunConfig, PretrainModel, Path]:
+    """Config and model of a run, weights from its "best" or "last" checkpoint (or a checkpoint folder inside it).
+
+    Raises:
+        UserError: no run or no whole checkpoint there.
+    """
+    folder = run.parent.parent if (run / "checkpoint.json").is_file() else run
+    config = load_settings(RunConfig, folder / "config.yaml")
+    source = checkpoint.locate(run, which)
+    towers = config.towers.model_copy(
+        update={
+            name: getattr(config.towers, name).model_copy(update={"pretrained": False}) for name in config.towers.names
+        }
+    )
+    model = PretrainModel(config.model_copy(update={"towers": towers}))  # its weights come from the checkpoint
+    checkpoint.load_weights(model, checkpoint.load_tensors(source), source)
+    return config, model.eval(), source
+
+
+def evaluate_run(run: Path, data: Path, split: str, which: str, num_workers: int) -> tuple[RetrievalReport, Path]:
+    """Retrieval report of a run on a split of a dataset, and the checkpoint that was used."""
+    dataset = ShardedDataset(data, split)
+    config, model, source = load_run(run, which)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    data_config = config.data.model_copy(update={"num_workers": num_workers})
+    loader = EvalLoader(dataset, data_config, config.towers, batch_size=config.train.chunk, rank=0, world=1)
+    try:
+        vectors, present = embed_split(
+            lambda inputs, masks: model(inputs, masks, around=no_stage)[0], loader, config, World(device=device)
+        )
+    finally:
+        loader.close()
+    return evaluate_retrieval(vectors, present, anchor=anchor_of(config)), source

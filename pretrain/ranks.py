@@ -1,0 +1,95 @@
+"""Which rank this process is, whoever started it: nobody, torchrun, deepspeed, srun or our launcher."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.settings import UserError
+from pretrain.collectives import World
+from pretrain.engine import prepare_environment
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def num_ranks() -> int:
+    """Ranks of this run, from the environment; 1 when nobody set it. Needs no process group."""
+    return int(os.environ.get("WORLD_SIZE") or _slurm("SLURM_NTASKS") or 1)
+
+
+def join_ranks(threads: int) -> World:
+    """Initialise torch.distributed (NCCL with a GPU, gloo without) and pick this rank's device.
+
+    threads: CPU threads of this rank; 0 shares the machine's cores among its ranks.
+
+    Raises:
+        UserError: the environment names a rank but not where rank 0 listens, or the ranks cannot meet.
+    """
+    _complete_environment()
+    prepare_environment()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_ranks))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False
+    else:
+        device = torch.device("cpu")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"rank {rank} of {size} cannot meet the others at {where}: {str(error).splitlines()[0]}"
+        ) from error
+    return World(rank=rank, size=size, device=device)
+
+
+def leave_ranks() -> None:
+    """Close the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _complete_environment() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the starter did not."""
+    if "RANK" not in os.environ and _slurm("SLURM_PROCID") is not None:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
+        os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
+        # Below 32768, where ephemeral ports begin; from the job's number, so that two jobs on a node differ.
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000))
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    os.environ.setdefault("LOCAL_RANK", "0")
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"environment: RANK is set but {', '.join(missing)} not; start through torchrun or a launcher")
+
+
+def _slurm(name: str) -> str | None:
+    """A variable of srun; None outside of a job step (a batch script has SLURM_* too, but is no rank)."""
+    return os.environ.get(name) if "SLURM_STEP_ID" in os.environ and "SLURM_STEP_NODELIST" in os.environ else None
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a Slurm node list: "gpu[07-09,12],login1" -> "gpu07"."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodelist)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST '{nodelist}': expected a list of hosts")
+    return match.group(1) + (match.group(2) or "")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,151 @@
+"""What a run writes while it goes: metrics.jsonl always, TensorBoard events, lines on the terminal. Rank 0 only.
+
+A resumed run first drops every line later than its checkpoint, so the log is that of one uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from pretrain.data.batch import Batch
+
+METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
+
+
+class StageClock:
+    """Seconds spent in each named stage since the last `take`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what happens inside."""
+        started = self._now()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
+
+    def take(self) -> dict[str, float]:
+        """{"time_s/data": ...} so far; starts again from zero."""
+        taken = {f"time_s/{name}": seconds for name, seconds in self._seconds.items()}
+        self._seconds = {}
+        return taken
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+class RunLog:
+    """Writes metrics of a run; on ranks other than 0 it writes only what is per rank."""
+
+    def __init__(self, run: Path, rank: int, resumed_step: int, num_steps: int, log_every: int) -> None:
+        self._run, self._rank, self._num_steps, self._log_every = run, rank, num_steps, log_every
+        self._board: Any = None
+        if rank == 0:
+            for path in (
+                run / METRICS,
+                run / VALIDATION,
+                *run.glob("samples/*.jsonl"),
+                *run.glob("data_problems/*.jsonl"),
+            ):
+                keep_until(path, resumed_step)
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run), purge_step=resumed_step + 1)  # type: ignore[no-untyped-call]
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics."""
+        if self._rank != 0:
+            return
+        append_line(self._run / METRICS, {"step": step, **values})
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if step % self._log_every == 0 or step == self._num_steps:
+            self.say(self._line(step, values))
+
+    def _line(self, step: int, values: dict[str, float]) -> str:
+        cosines = [
+            f"{name.split('/')[1]} {v:+.2f}" for name, v in values.items() if name.startswith("positive_cosine/")
+        ]
+        times = {name.split("/")[1]: v for name, v in values.items() if name.startswith("time_s/")}
+        shares = [f"{name} {100 * v / sum(times.values()):.0f}%" for name, v in times.items()]
+        left_s = (self._num_steps - step) * sum(times.values())
+        return (
+            f"step {step}/{self._num_steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+            f"grad {values['grad_norm']:.2f}  cos {', '.join(cosines)}  {values['samples_per_s']:.0f} samples/s  "
+            f"({', '.join(shares)})  about {left_s:.0f} s left"
+        )
+
+    def validation(self, step: int, report: dict[str, Any], score: float) -> None:
+        """A validation report: a line in validation.jsonl, its score on the terminal and in TensorBoard."""
+        if self._rank != 0:
+            return
+        append_line(self._run / VALIDATION, {"step": step, "score": score, **report})
+        self._board.add_scalar("validation/score", score, step)
+        self.say(f"step {step}: validation R@1 {100 * score:.1f} %")
+
+    def say(self, line: str) -> None:
+        """A line on the terminal, from rank 0."""
+        if self._rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    def samples(self, step: int, batch: Batch) -> None:
+        """The keys of this rank's samples of a step."""
+        record = {"step": step, "position": batch.position, "epochs": batch.epochs.tolist(), "keys": batch.keys}
+        append_line(self._run / "samples" / f"rank-{self._rank:05d}.jsonl", record)
+
+    def data_problems(self, step: int, batch: Batch) -> None:
+        """Members of this rank's samples that could not be read."""
+        for event in batch.events:
+            record = {"step": step, "key": event.key, "modality": event.modality, "reason": event.reason}
+            append_line(self._run / "data_problems" / f"rank-{self._rank:05d}.jsonl", record)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line; a line is written whole by one call."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file; a last line that a kill cut off is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the records later than `step`, atomically."""
+    if not path.is_file():
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    kept = [record for record in read_lines(path) if record["step"] <= step]
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(partial, path)
