@@ -1,0 +1,162 @@
+"""The engine under every ZeRO stage: gradients, clipping, updates and moments are those of plain torch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pretrain.collectives import World
+from pretrain.config import RunConfig
+from pretrain.engine import MOMENTS, Engine
+from tests.ranks import run_ranks
+
+STAGES = (0, 1, 2, 3)
+SAMPLES = 8
+
+
+def run_config(**train: Any) -> RunConfig:
+    """A config of which the engine reads the optimizer and `train` only."""
+    return RunConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "data": {"train": {"path": "unused", "split": "train"}},
+            "towers": {"video": {}, "text": {}},
+            "objective": [{"name": "gram"}],
+            "schedule": {"num_steps": 3},
+            "train": {"global_batch": SAMPLES, **train},
+        }
+    )
+
+
+class Toy(nn.Module):
+    """A tower, a head and a learned scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+        self.scale = nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.head(self.tower(rows).tanh()) * self.scale.clone()
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+
+
+def make(stage: int, grad_clip: float, world: World) -> tuple[Engine, nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = Toy()
+    rows = torch.randn(SAMPLES, 5)
+    reference = copy.deepcopy(model)  # before ZeRO 3 takes the weights apart
+    config = run_config(zero_stage=stage, grad_clip=grad_clip)
+    return Engine(model, groups(model), config, world), reference, rows
+
+
+def local(rows: Tensor, world: World) -> Tensor:
+    return rows.chunk(world.size)[world.rank]
+
+
+def check_stages(world: World, argument: Any) -> dict[str, dict[str, float]]:
+    """For each stage: worst differences from torch over three clipped AdamW steps, and after a resume."""
+    found = {}
+    for stage in STAGES:
+        engine, reference, rows = make(stage, 0.5, world)
+        optimizer = torch.optim.AdamW(groups(reference), lr=1e-3, betas=(0.9, 0.98))
+        gradient_error = norm_error = weight_error = 0.0
+        for _ in range(3):
+            with engine.coalesced():
+                for chunk in local(rows, world).split(3):  # the last one is short
+                    engine.backward(engine(chunk).square().sum())
+            optimizer.zero_grad()
+            reference(rows).square().sum().backward()
+            wanted = dict(reference.named_parameters())
+            for name, parameter in engine.trainable():
+                gradient = wanted[name].grad
+                assert gradient is not None
+                error = (engine.full_gradient(parameter) - gradient).norm() / gradient.norm()
+                gradient_error = max(gradient_error, error.item())
+            norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+            norm_error = max(norm_error, abs(engine.step(1e-3) / norm.item() - 1))
+            optimizer.step()
+            for name, parameter in engine.trainable():
+                weight_error = max(weight_error, (engine.full_weight(parameter) - wanted[name]).abs().max().item())
+        found[str(stage)] = {
+            "gradient": gradient_error,
+            "norm": norm_error,
+            "weight": weight_error,
+            "reductions": engine.num_reductions,
+            "resumed": resumed_difference(engine, stage, rows, world),
+        }
+        engine.close()
+    return found
+
+
+def resumed_difference(engine: Engine, stage: int, rows: Tensor, world: World) -> float:
+    """One more step of `engine`, and of an engine of every other stage that took over its state: largest difference."""
+    weights = {name: engine.full_weight(p).clone() for name, p in engine.trainable()}
+    moments = {name: {k: v.clone() for k, v in engine.moments(p).items()} for name, p in engine.trainable()}
+    heir_model = Toy()
+    heir_model.load_state_dict(weights)
+    heir = Engine(heir_model, groups(heir_model), run_config(zero_stage=(stage + 1) % 4, grad_clip=0.5), world)
+    heir.set_moments(moments, 3)
+    for one in (engine, heir):
+        with one.coalesced():
+            one.backward(one(local(rows, world)).square().sum())
+        one.step(1e-3)
+    worst = 0.0
+    for (_, a), (_, b) in zip(engine.trainable(), heir.trainable(), strict=True):
+        worst = max(worst, (engine.full_weight(a) - heir.full_weight(b)).abs().max().item())
+        for key in MOMENTS:
+            worst = max(worst, (engine.moments(a)[key] - heir.moments(b)[key]).abs().max().item())
+    heir.close()
+    return worst
+
+
+def check_misuse(world: World, argument: Any) -> dict[str, float]:
+    """Without the coalescing block: refused by the engine; wrong when DeepSpeed is called behind its back."""
+    refused = 0.0
+    errors = {}
+    for stage in (1, 2):
+        engine, reference, rows = make(stage, 0.0, world)
+        try:
+            engine.backward(engine(local(rows, world)).square().sum())
+        except RuntimeError as error:
+            refused += "outside of Engine.coalesced()" in str(error)
+        for chunk in local(rows, world).split(1):
+            engine._engine.backward(engine(chunk).square().sum() * world.size)
+        reference(rows).square().sum().backward()
+        wanted = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
+        try:
+            got = torch.cat([engine.full_gradient(p).flatten() for _, p in engine.trainable()])
+            errors[f"stage {stage}"] = ((got - wanted).norm() / wanted.norm()).item()
+        except (RuntimeError, ValueError, AssertionError):
+            errors[f"stage {stage}"] = 1.0
+    return {"refused": refused, **errors}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_stage_equals_torch_on_the_full_batch(tmp_path: Path, size: int) -> None:
+    for rank in run_ranks("tests.test_engine:check_stages", size, tmp_path):
+        for stage, errors in rank.items():
+            assert errors["gradient"] <= 1e-6, (stage, errors)
+            assert errors["norm"] <= 1e-6, (stage, errors)
+            assert errors["weight"] <= 1e-6, (stage, errors)
+            assert errors["reductions"] == 3, "one gradient reduction a step"
+            assert errors["resumed"] <= 1e-6, (stage, errors)
+
+
+def test_several_backwards_without_coalescing_are_refused_and_would_be_wrong(tmp_path: Path) -> None:
+    for rank in run_ranks("tests.test_engine:check_misuse", 2, tmp_path):
+        assert rank["refused"] == 2
+        assert rank["stage 1"] > 1e-2
+        assert rank["stage 2"] > 1e-2
