@@ -1,0 +1,68 @@
+"""What the loader hands to the trainer: the rows of one rank, decoded, on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+Inputs = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadEvent:
+    """A modality of a sample that should be there and could not be had; its row is masked."""
+
+    key: str
+    modality: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """n samples. What is missing is zero in the tensors, false in every mask.
+
+    keys: of the samples. ids: their index in the dataset split; equal ids are the same sample. epochs: in which each
+    is seen. present: which rows have the modality. inputs: by modality and name,
+
+        video   frames uint8 [n, T, H, W, 3] RGB    frame_mask bool [n, T]
+        audio   waveform int16 [n, S] mono          num_samples int64 [n], the valid length of each row
+        text    token_ids int64 [n, L]              token_mask bool [n, L]
+
+    position, next_position: where the *global* batch begins in the run's sequence of samples, and where the next does.
+    events: what could not be read, with the reason.
+    """
+
+    keys: list[str]
+    ids: Int64[Tensor, " samples"]
+    epochs: Int64[Tensor, " samples"]
+    present: dict[str, Bool[Tensor, " samples"]]
+    inputs: Inputs
+    position: int
+    next_position: int
+    events: list[LoadEvent]
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of this batch."""
+        return len(self.keys)
+
+    def chunk(self, start: int, stop: int, device: torch.device | str = "cpu") -> tuple[Inputs, dict[str, Tensor]]:
+        """`inputs` and `present` of rows [start, stop) on `device`; copies from pinned memory do not block."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor[start:stop].to(device, non_blocking=True)
+
+        return _map(self.inputs, move), {name: move(mask) for name, mask in self.present.items()}
+
+    def pin_memory(self) -> Batch:
+        """The same batch with page-locked inputs; torch's DataLoader calls this."""
+        present = {name: mask.pin_memory() for name, mask in self.present.items()}
+        return replace(self, inputs=_map(self.inputs, Tensor.pin_memory), present=present)
+
+
+def _map(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
+    return {modality: {name: function(t) for name, t in tensors.items()} for modality, tensors in inputs.items()}

@@ -1,0 +1,79 @@
+"""Captions to token ids, behind one door for the shipped tokenizer and those of published encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.settings import UserError
+
+DEFAULT_PATH = Path(__file__).parent.parent / "towers" / "tokenizer.json"
+PLACE = "towers.text.tokenizer"
+
+
+class Tokenizer:
+    """Texts as rows of a fixed length.
+
+    name: `default`, or hf:NAME_OR_FOLDER. max_tokens: longer texts are cut, shorter ones padded with `pad_id`.
+
+    Raises:
+        UserError: a name of another form, or a tokenizer that cannot be had.
+    """
+
+    def __init__(self, name: str, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        source, _, location = name.partition(":")
+        if name == "default":
+            self._encoder: Any = _from_file(DEFAULT_PATH)
+            self.vocab_size = int(self._encoder.get_vocab_size())
+            self.pad_id = int(self._encoder.token_to_id("[PAD]") or 0)
+            self._encoder.no_padding()
+            self._encoder.enable_truncation(max_tokens)
+        elif source == "hf" and location:
+            self._encoder = _from_transformers(location)
+            self.vocab_size = len(self._encoder)
+            self.pad_id = int(self._encoder.pad_token_id or 0)
+        else:
+            raise UserError(f"{PLACE}: expected 'default' or 'hf:NAME_OR_FOLDER', found '{name}'")
+        self._ours = name == "default"
+
+    def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Token ids int64 [max_tokens] and which of them are no padding, bool [max_tokens]."""
+        if self._ours:
+            tokens = self._encoder.encode(text).ids
+        else:
+            tokens = self._encoder(text, truncation=True, max_length=self.max_tokens)["input_ids"]
+        ids = np.full(self.max_tokens, self.pad_id, dtype=np.int64)
+        ids[: len(tokens)] = tokens
+        return ids, np.arange(self.max_tokens) < len(tokens)
+
+
+def _from_file(path: Path) -> Any:
+    from tokenizers import Tokenizer as FastTokenizer
+
+    if not path.is_file():
+        raise UserError(f"{PLACE}: the shipped tokenizer {path} is missing; reinstall parallelotope")
+    return FastTokenizer.from_file(str(path))
+
+
+def _from_transformers(location: str) -> Any:
+    """The tokenizer of a folder, of the local cache, or else of the Hugging Face hub."""
+    from transformers import AutoTokenizer
+
+    failure: Exception | None = None
+    for local_files_only in (True, False):
+        try:
+            return AutoTokenizer.from_pretrained(location, local_files_only=local_files_only)
+        except Exception as error:  # which classes a hub, a cache and a parser raise is nowhere written
+            failure = error
+        if Path(location).is_dir():
+            break
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(failure).__name__
+    raise UserError(
+        f"{PLACE}: no tokenizer can be had from 'hf:{location}' ({reason}); expected a folder or a name "
+        "in the local cache or on the Hugging Face hub"
+    ) from failure

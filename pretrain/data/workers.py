@@ -1,0 +1,135 @@
+"""Batches of a list of positions, in order, decoded by worker processes.
+
+Workers ignore the signals that ask a trainer to stop, and end when it closes them or is no more.
+"""
+
+from __future__ import annotations
+
+import atexit
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pretrain.data.batch import Batch
+from pretrain.data.reader import BatchReader
+
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+PARENT_CHECK_S = 1.0
+
+ReadAt = Callable[[int, Callable[[], None]], Batch]
+
+
+class LoaderClosed(Exception):
+    """Ends a worker's current batch when nobody waits for it any more."""
+
+
+class _Positions(Dataset[Batch]):
+    def __init__(self, read: ReadAt, stop: mmap.mmap) -> None:
+        self._read = read
+        self._stop = stop
+
+    def __getitem__(self, position: int) -> Batch:
+        return self._read(position, self._check)
+
+    def _check(self) -> None:
+        if self._stop[0]:
+            raise LoaderClosed
+
+
+class BatchStream:
+    """Iterates `read(position, check)` over `positions`, in their order, whatever the number of processes.
+
+    Workers are forked at the first batch. Each makes whole batches, `prefetch` of them ahead. A signal to the process
+    group leaves them alone, so that the trainer can finish its step; they end with `close`, or with their parent.
+
+    Raises (while iterating):
+        RuntimeError: a worker died; torch names its pid and how.
+    """
+
+    def __init__(
+        self, reader: BatchReader, read: ReadAt, positions: Iterable[int], num_workers: int, prefetch: int
+    ) -> None:
+        self._stop = mmap.mmap(-1, 1)  # one byte shared with the workers; a lock could be held by one that died
+        self._num_workers = num_workers
+        self._running: Any = None
+        self._loader: DataLoader[Batch] = DataLoader(
+            _Positions(read, self._stop),
+            batch_size=None,
+            sampler=positions,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            prefetch_factor=prefetch if num_workers else None,
+            multiprocessing_context="fork" if num_workers else None,
+            worker_init_fn=_WorkerStart(reader),
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # torch draws a seed for its workers: not from the trainer's stream
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stop[0]:
+            raise StopIteration
+        if self._running is None:
+            self._start()
+        batch = next(self._running)
+        assert isinstance(batch, Batch)
+        return batch
+
+    def _start(self) -> None:
+        """Fork with the stop signals held back: a worker must not meet one before it ignores them."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self._running = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if self._num_workers:
+            atexit.register(self.close)  # multiprocessing would wait for ever for children that ignore SIGTERM
+
+    def close(self) -> None:
+        """End the workers: each after the sample it is at. Nothing can be read afterwards."""
+        self._stop[0] = 1
+        running, self._running = self._running, None
+        if running is None or not self._num_workers:
+            return
+        atexit.unregister(self.close)
+        running._shutdown_workers()  # the only way of torch's that does not wait for the garbage collector
+        for process in running._workers:
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+class _WorkerStart:
+    """Runs in each worker before its first batch."""
+
+    def __init__(self, reader: BatchReader) -> None:
+        self._reader = reader
+        self._parent = os.getpid()
+
+    def __call__(self, worker: int) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        torch.set_num_threads(1)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self._reader.dataset.close()  # this process's copies of descriptors; shards are opened again when needed
+        threading.Thread(target=_end_with, args=(self._parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os._exit(1)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
