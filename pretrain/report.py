@@ -1,0 +1,125 @@
+"""What a retrieval evaluation reports: recalls, ranks, chance and an interval for each direction; JSON and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalMetrics:
+    """One direction of retrieval under one score. Recalls are shares of queries in [0, 1]; ranks count from 1."""
+
+    query: str  # modality, or several joined by "+"
+    candidates: str
+    score: str  # cosine, summed_cosine or volume
+    num_queries: int
+    num_candidates: int
+    recall_at_1: float
+    recall_at_5: float
+    recall_at_10: float
+    median_rank: float | None  # None without queries
+    chance_recall_at_1: float
+    recall_at_1_low: float  # 95 % bootstrap interval over queries
+    recall_at_1_high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalReport:
+    """All directions of one set of samples."""
+
+    anchor: str
+    num_samples: int
+    num_present: dict[str, int]  # samples that have the modality
+    positive_cosine: dict[str, float | None]  # "a-b" -> mean cosine of matched pairs; None: no sample has both, or NaN
+    metrics: tuple[RetrievalMetrics, ...]
+    warnings: tuple[str, ...]
+
+    def find(self, query: str | Sequence[str], candidates: str | Sequence[str], score: str) -> RetrievalMetrics:
+        """The metrics of one direction; a side is a modality or several, in any order.
+
+        Raises:
+            KeyError: this report has no such row.
+        """
+        wanted = (_names(query), _names(candidates), score)
+        for row in self.metrics:
+            if (_names(row.query), _names(row.candidates), row.score) == wanted:
+                return row
+        rows = [f"{row.query} -> {row.candidates} by {row.score}" for row in self.metrics]
+        raise KeyError(f"no row {query} -> {candidates} by {score}; rows: {rows}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A value that `json.dumps` takes, without NaN."""
+        value = asdict(self)
+        return {**value, "metrics": list(value["metrics"]), "warnings": list(value["warnings"])}
+
+    def table(self, title: str = "retrieval") -> Table:
+        """A rich table; recalls in per cent."""
+        from rich.table import Table
+
+        cosines = [f"{pair} {'none' if v is None else f'{v:+.2f}'}" for pair, v in self.positive_cosine.items()]
+        table = Table(title=title, caption=f"mean positive cosine: {', '.join(cosines)}", title_justify="left")
+        table.add_column("query -> candidates", no_wrap=True)
+        table.add_column("score", no_wrap=True)
+        for name in ("R@1 %", "95 %", "R@5 %", "R@10 %", "median rank", "chance %", "queries", "candidates"):
+            table.add_column(name, justify="right")
+        for row in self.metrics:
+            interval = f"{100 * row.recall_at_1_low:.1f}-{100 * row.recall_at_1_high:.1f}"
+            recalls = [f"{100 * value:.1f}" for value in (row.recall_at_5, row.recall_at_10)]
+            median = "-" if row.median_rank is None else f"{row.median_rank:g}"
+            table.add_row(
+                f"{row.query} -> {row.candidates}", row.score, f"{100 * row.recall_at_1:.1f}", interval, *recalls,
+                median, f"{100 * row.chance_recall_at_1:.2f}", str(row.num_queries), str(row.num_candidates),
+            )  # fmt: skip
+        return table
+
+
+def retrieval_metrics(
+    ranks: Int[Tensor, " q"], num_candidates: int, query: str, candidates: str, score: str, seed: int = 0
+) -> RetrievalMetrics:
+    """Summarise 0-based `ranks`; without queries every recall is 0 and the median rank None."""
+    num_queries = len(ranks)
+    recall = {k: float((ranks < k).double().mean()) if num_queries else 0.0 for k in (1, 5, 10)}
+    low, high = bootstrap_interval(recall[1], num_queries, seed)
+    return RetrievalMetrics(
+        query=query,
+        candidates=candidates,
+        score=score,
+        num_queries=num_queries,
+        num_candidates=num_candidates,
+        recall_at_1=recall[1],
+        recall_at_5=recall[5],
+        recall_at_10=recall[10],
+        median_rank=float(ranks.double().quantile(0.5)) + 1 if num_queries else None,
+        chance_recall_at_1=1 / num_candidates if num_candidates else 0.0,
+        recall_at_1_low=low,
+        recall_at_1_high=high,
+    )
+
+
+def bootstrap_interval(share: float, num_queries: int, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of a share of queries, over `NUM_RESAMPLES` resamples of the queries.
+
+    Drawing n hits and misses with replacement is drawing from Binomial(n, share), so the resamples are drawn so.
+    """
+    if num_queries == 0:
+        return 0.0, 0.0
+    counts = torch.full((NUM_RESAMPLES,), float(num_queries), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    hits = torch.binomial(counts, torch.full_like(counts, share), generator=generator)
+    low, high = (hits / num_queries).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _names(side: str | Sequence[str]) -> frozenset[str]:
+    return frozenset(side.split("+") if isinstance(side, str) else side)
