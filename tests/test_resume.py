@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -187,17 +188,15 @@ def test_other_ranks_and_stage_take_the_same_samples(tmp_path: Path, small_datas
     shutil.copytree(uninterrupted, run)
     for late in finished_checkpoints(run)[2:]:
         shutil.rmtree(late)
-    config = write_config(
-        tmp_path / "config.yaml", small_dataset, run, train={"zero_stage": 3, "chunk": 2, "global_batch": GLOBAL_BATCH,
-        "log_samples": True, "threads": 1},
-    )  # fmt: skip
+    config = write_config(tmp_path / "config.yaml", small_dataset, run, train={"zero_stage": 3})
     assert "step-00000006" in finish(config, 1)
     assert drawn(run) == drawn(uninterrupted)
     found, wanted = losses(run), losses(uninterrupted)
     assert found[:6] == wanted[:6]
-    # The first loss after the change is that of the same weights and samples; dropout is keyed by micro-chunk of another
-    # size from there on, so only the order of magnitude stays.
-    assert abs(found[-1]["loss"] - wanted[-1]["loss"]) < 1
+    # Same weights, samples and dropout: the next loss differs by rounding only. AdamW then amplifies it where gradients
+    # are near zero.
+    assert math.isclose(found[6]["loss"], wanted[6]["loss"], rel_tol=1e-5)
+    assert all(math.isclose(a["loss"], b["loss"], rel_tol=1e-2) for a, b in zip(found, wanted, strict=True))
 
 
 def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, uninterrupted: Path) -> None:
