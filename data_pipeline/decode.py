@@ -143,14 +143,15 @@ def decode_sound(
         container.seek(int((start_s - SEEK_MARGIN_S) / stream.time_base), stream=stream)
     to_pcm = av.AudioResampler(format="s16p", layout="mono" if num_channels == 1 else "stereo", rate=rate_hz)
     first, last = round(start_s * rate_hz), round(end_s * rate_hz)
-    line: NDArray[np.int16] = np.zeros((num_channels, 0), dtype=np.int16)
+    pieces: list[NDArray[np.int16]] = [np.zeros((num_channels, 0), dtype=np.int16)]
+    filled = 0
     for position, pcm in _positioned(container, stream, to_pcm, last):
-        begin, skip = max(position - first, line.shape[1]), max(line.shape[1] - (position - first), 0)
+        begin, skip = max(position - first, filled), max(filled - (position - first), 0)
         piece = pcm[:, skip : skip + max(last - first - begin, 0)]
         if piece.shape[1]:
-            gap = np.zeros((num_channels, begin - line.shape[1]), dtype=np.int16)
-            line = np.concatenate([line, gap, piece], axis=1)
-    return line, rate_hz
+            pieces += [np.zeros((num_channels, begin - filled), dtype=np.int16), piece]
+            filled = begin + piece.shape[1]
+    return np.concatenate(pieces, axis=1), rate_hz
 
 
 def _positioned(
