@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,19 @@ def _from_transformers(location: str) -> Any:
     """The tokenizer of a folder, of the local cache, or else of the Hugging Face hub."""
     from transformers import AutoTokenizer
 
+    is_folder = Path(location).is_dir()
+    if not is_folder and location.startswith((".", "/", "~")):
+        raise UserError(f"{PLACE}: no tokenizer can be had from 'hf:{location}': no such folder")
     failure: Exception | None = None
-    for local_files_only in (True, False):
+    for local_files_only in (True,) if is_folder else (True, False):  # the cache first: it needs no network
         try:
             return AutoTokenizer.from_pretrained(location, local_files_only=local_files_only)
         except Exception as error:  # which classes a hub, a cache and a parser raise is nowhere written
             failure = error
-        if Path(location).is_dir():
-            break
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(failure).__name__
+    reason = textwrap.shorten(str(failure), 200) or type(failure).__name__
+    expected = (
+        "a tokenizer in that folder" if is_folder else "a folder, or a name in the cache or on the Hugging Face hub"
+    )
     raise UserError(
-        f"{PLACE}: no tokenizer can be had from 'hf:{location}' ({reason}); expected a folder or a name "
-        "in the local cache or on the Hugging Face hub"
+        f"{PLACE}: no tokenizer can be had from 'hf:{location}' ({reason}); expected {expected}"
     ) from failure
