@@ -1,0 +1,56 @@
+"""The `launch` commands: check the config, make a plan, run it. Without torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline.settings import UserError, load_settings, nearest
+from data_pipeline.shards import read_dataset_json
+from launch.local import run, this_machine
+from launch.plan import EXIT_RUN_AGAIN, local_plan, render, train_argv
+from pretrain.config import RunConfig
+
+
+def local(
+    config: Annotated[Path, typer.Argument(help="YAML of pretrain.config.RunConfig.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Keys to change: train.chunk=64 ...")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes; on GPUs, one each.")] = 1,
+    dry_run: Annotated[bool, typer.Option(help="Print what would be started, and start nothing.")] = False,
+) -> None:
+    """Train the towers of CONFIG on several ranks of this machine; the same command resumes.
+
+    Exit codes: 0 finished, 75 stopped on a signal with a checkpoint (run it again), 2 a mistake, else that of the
+    first rank that failed (128 + its signal).
+    """
+    settings = load_settings(RunConfig, config, overrides or [])
+    check_run(settings, ranks)
+    machine = this_machine()
+    log_dir = Path(settings.run_dir) / "logs"
+    argv = train_argv(sys.executable, str(config), overrides or [])
+    plan = local_plan(argv, ranks, log_dir, machine, os.environ)
+    if dry_run:
+        print(render(plan), end="")
+        return
+    print(f"{ranks} ranks on {machine.host}, every rank's output in {log_dir}", file=sys.stderr, flush=True)
+    code = run(plan)
+    if code == EXIT_RUN_AGAIN:
+        print("stopped with a checkpoint; the same command continues the run", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def check_run(config: RunConfig, ranks: int) -> None:
+    """Refuse what cannot run before a process is started.
+
+    Raises:
+        UserError: no such data or split, or ranks that do not divide the global batch.
+    """
+    if config.train.global_batch % ranks:
+        raise UserError(f"train.global_batch {config.train.global_batch} is not divisible by {ranks} ranks")
+    for place, part in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        if part is not None and part.split not in (splits := read_dataset_json(part.path)["splits"]):
+            raise UserError(f"{place}: dataset {part.path} has no split '{part.split}'; {nearest(part.split, splits)}")
