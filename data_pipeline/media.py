@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO, Literal
@@ -14,6 +16,24 @@ from data_pipeline.source import open_binary
 
 GUESSED_DURATIONS = ("mp3", "aac")  # containers that state none: the reader guesses it from the bit rate
 READ_BYTES = 1 << 18  # a read of the container reader; its default of 32 KiB is many calls into Python
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What the container reader reads from. Damaged files make it seek to impossible places: that is the file's fault,
+    while an error of the file system stays an error of the machine."""
+
+    stream: BinaryIO
+
+    def read(self, num_bytes: int) -> bytes:
+        return self.stream.read(num_bytes)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        impossible = whence == os.SEEK_SET and not 0 <= offset < 1 << 62
+        return -errno.EINVAL if impossible else self.stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.stream.tell()
 
 
 @dataclass(kw_only=True)
@@ -35,7 +55,9 @@ class Media:
         try:
             # A playlist that calls itself .mp4 must not make the reader open other files.
             options = {"protocol_whitelist": "pipe"}
-            container = av.open(stream, container_options=options, buffer_size=READ_BYTES, metadata_errors="replace")
+            container = av.open(
+                _Reader(stream), container_options=options, buffer_size=READ_BYTES, metadata_errors="replace"
+            )
         except (av.FFmpegError, ValueError) as error:
             with stream:
                 rejected = unreadable_reason(stream, describe(error))

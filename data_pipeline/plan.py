@@ -15,7 +15,7 @@ from typing import Any
 from data_pipeline.config import ShardConfig, digest_of
 from data_pipeline.manifest import ManifestRow
 from data_pipeline.settings import UserError
-from data_pipeline.shards import SCHEMA_VERSION, publish
+from data_pipeline.shards import SCHEMA_VERSION, partial_path, publish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def _write_generation(folder: Path, tasks: Iterable[Task], config: ShardConfig) 
     plan = folder / "plan"
     plan.mkdir(parents=True, exist_ok=True)
     path = plan / f"generation-{len(list(plan.glob('generation-*.jsonl'))):04d}.jsonl"
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     with open(partial, "w", encoding="utf-8") as stream:
         stream.write(json.dumps({"schema_version": SCHEMA_VERSION, "config": config.bytes_config()}) + "\n")
         for task in tasks:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import tarfile
 import zlib
 from collections import OrderedDict
@@ -117,7 +118,8 @@ class ShardInfo:
 class ShardWriter:
     """Write one tar and its index under temporary names; `close` makes both durable and gives them their names.
 
-    Every header field is fixed (owner 0, time 0, mode 0644), so equal samples give equal bytes.
+    Every header field is fixed (owner 0, time 0, mode 0644), so equal samples give equal bytes. Temporary names are
+    random: a worker that outlives its killed run and the worker that replaces it never write into one file.
     """
 
     folder: Path
@@ -127,7 +129,7 @@ class ShardWriter:
 
     def __post_init__(self) -> None:
         self._tar_path = self.folder / f"{self.name}.tar"
-        self._partial = self.folder / f".{self.name}.tar.partial"
+        self._partial = partial_path(self._tar_path)
         self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed by close()
 
     @property
@@ -159,7 +161,7 @@ class ShardWriter:
         """Finish both files, flush them to disk and rename them to their final names."""
         self._tar.close()
         index_path = self.folder / f"{self.name}.parquet"
-        index_partial = self.folder / f".{self.name}.parquet.partial"
+        index_partial = partial_path(index_path)
         columns = {f.name: [row.get(f.name) for row in self._rows] for f in INDEX_SCHEMA}
         pq.write_table(pa.table(columns, schema=INDEX_SCHEMA), index_partial, compression="zstd")
         info = ShardInfo(
@@ -183,6 +185,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def partial_path(final: Path) -> Path:
+    """A temporary name beside `final` that nobody else uses."""
+    return final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+
+
 def publish(partial: Path, final: Path) -> None:
     """Flush `partial` to disk and rename it to `final`: at no moment is there half a file under the final name."""
     descriptor = os.open(partial, os.O_RDONLY)
@@ -200,7 +207,7 @@ def publish(partial: Path, final: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON under a temporary name, then publish it."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     partial.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     publish(partial, path)
 
