@@ -2,86 +2,46 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
-from multiprocessing.connection import Connection
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from data_pipeline.settings import UserError
 from data_pipeline.shards import ShardedDataset
-from pretrain.config import AugmentConfig, DataConfig, TowersConfig
+from pretrain.config import VideoTowerConfig
 from pretrain.data import tokenize
 from pretrain.data.batch import Batch, LoadEvent
 from pretrain.data.loader import EvalLoader, TrainLoader
-from pretrain.data.workers import BatchStream
 from tests.tiny_dataset import (
-    CAPTION,
+    CLIP_S,
+    NUM_SAMPLES,
     SAMPLE_RATE_HZ,
-    image_bytes,
+    SWITCH_S,
+    TOWERS,
+    data_config,
     make_sample,
-    noisy_members,
+    switching_members,
     write_dataset,
+    write_mixed_dataset,
     write_tokenizer,
 )
 
-NUM_SAMPLES = 14
 GLOBAL_BATCH = 8  # does not divide an epoch
-TOWERS = TowersConfig.model_validate(
-    {
-        "video": {"num_frames": 3, "size_px": 16},
-        "audio": {"sample_rate_hz": SAMPLE_RATE_HZ},
-        "text": {"max_tokens": 8},
-    }
-)
 MODALITIES = ("video", "audio", "text")
 
 
-def data_config(**changes: object) -> DataConfig:
-    """One second of each clip, everything random on, decoding in this process."""
-    augment = AugmentConfig(crop_scale=(0.5, 0.9), flip=True)
-    base = {"train": {"path": "unused", "split": "train"}, "window_s": 1.0, "num_workers": 0, "block_shards": 2}
-    return DataConfig.model_validate({**base, "augment": augment.model_dump(), **changes})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize, "DEFAULT_PATH", write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "t.json"))
-        yield
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """14 samples in 4 shards: 0 lacks sound, 1 lacks pictures, 2 lacks captions, 3 is a still, 4 has two captions,
-    5 is shorter than the window, 6 has garbage for pictures and sound; the others are whole and longer than it."""
-    samples = []
-    for number in range(NUM_SAMPLES):
-        length_s = 0.5 if number == 5 else 1.6
-        members = noisy_members(number, length_s)
-        captions: tuple[str, ...] = (f"{number} {CAPTION}",)
-        if number == 0:
-            del members["audio"]
-        elif number == 1:
-            del members["video"]
-        elif number == 2:
-            captions = ()
-        elif number == 3:
-            members["video"] = ("jpg", image_bytes(np.full((20, 30, 3), 120, dtype=np.uint8)))
-        elif number == 4:
-            captions = ("a square", CAPTION)
-        elif number == 6:
-            members = {"video": ("mp4", b"<html>not found</html>"), "audio": ("flac", b"<html>not found</html>")}
-        samples.append(make_sample(number, members, length_s, captions))
-    return write_dataset(tmp_path_factory.mktemp("data") / "dataset", samples, samples_per_shard=4)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The mixed dataset, with a tokenizer made for it."""
+    base = tmp_path_factory.mktemp("loader")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize, "DEFAULT_PATH", write_tokenizer(base / "tokenizer.json"))
+        yield write_mixed_dataset(base / "dataset")
 
 
 @pytest.fixture
@@ -176,6 +136,28 @@ def test_a_sample_is_the_same_whatever_it_is_batched_with(dataset: ShardedDatase
         for row, key in enumerate(batch.keys):
             for name, tensor in tensors(batch).items():
                 assert torch.equal(tensor[row], tensors(whole)[name][first[key]]), (key, name)
+
+
+def test_each_epoch_sees_another_window_of_picture_and_sound_alike(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "one", [make_sample(0, switching_members(), CLIP_S)], samples_per_shard=1)
+    dataset, data = ShardedDataset(folder, "train"), data_config(window_s=4.0)
+    towers = TOWERS.model_copy(update={"video": VideoTowerConfig(num_frames=20, size_px=8), "text": None})
+    batch = next(iter(TrainLoader(dataset, data, towers, global_batch=10, seed=3)))
+    fixed = next(iter(EvalLoader(dataset, data, towers, batch_size=1)))
+    onsets_s = []
+    for frames, waveform in (
+        *zip(batch.inputs["video"]["frames"], batch.inputs["audio"]["waveform"], strict=True),
+        (fixed.inputs["video"]["frames"][0], fixed.inputs["audio"]["waveform"][0]),
+    ):
+        onset_s = int((waveform.int().abs() > 500).int().argmax()) / SAMPLE_RATE_HZ
+        first_bright = int((frames.float().mean(dim=(1, 2, 3)) > 120).int().argmax())
+        assert first_bright * 0.2 - 0.1 - 0.005 <= onset_s <= first_bright * 0.2 + 0.1 + 0.005  # frames are 0.2 s apart
+        onsets_s.append(onset_s)
+    assert len(set(onsets_s)) == 11
+    assert onsets_s[-1] == pytest.approx(SWITCH_S - (CLIP_S - 4.0) / 2, abs=0.005)
+    assert min(onsets_s) < 1.6
+    assert max(onsets_s) > 2.4
+    assert all(1 <= onset_s <= 3 for onset_s in onsets_s)
 
 
 def evaluation(dataset: ShardedDataset, batch_size: int = 5, num_workers: int = 0, **changes: int) -> list[Batch]:
@@ -286,90 +268,3 @@ def test_loading_draws_nothing_from_the_trainers_generator(dataset: ShardedDatas
     before = torch.get_rng_state()
     read_batches(dataset, 2, num_workers=1)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def workers() -> list[int]:
-    """Process ids of this process's children."""
-    return [process.pid for process in multiprocessing.active_children() if process.pid is not None]
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_stop_signals_leave_workers_alone_and_close_ends_them(dataset: ShardedDataset) -> None:
-    expected = read_batches(dataset, 8)
-    loader = TrainLoader(dataset, data_config(num_workers=2), TOWERS, global_batch=GLOBAL_BATCH, seed=5)
-    batches = [next(iter(loader))]
-    pids = workers()
-    assert len(pids) == 2
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        for pid in pids:
-            os.kill(pid, number)
-        batches += islice(loader, 2)
-    batches += islice(loader, 1)
-    assert workers() == pids
-    for left, right in zip(batches, expected, strict=True):
-        assert_equal(left, right)
-    loader.close()
-    loader.close()
-    assert not any(is_running(pid) for pid in pids)
-    with pytest.raises(StopIteration):
-        next(iter(loader))
-
-
-def test_a_signal_right_after_the_fork_does_not_kill_a_worker(dataset: ShardedDataset) -> None:
-    for _ in range(5):
-        loader = TrainLoader(dataset, data_config(num_workers=2), TOWERS, global_batch=2, seed=0)
-        stream = iter(loader)
-        assert isinstance(stream, BatchStream)
-        stream._start()
-        for pid in workers():
-            os.kill(pid, signal.SIGTERM)
-        assert next(stream).num_samples == 2
-        loader.close()
-
-
-def test_an_unfinished_evaluation_leaves_no_process(dataset: ShardedDataset) -> None:
-    loader = EvalLoader(dataset, data_config(num_workers=2), TOWERS, batch_size=2)
-    batches = iter(loader)
-    next(batches)
-    assert len(workers()) == 2
-    loader.close()
-    assert not workers()
-
-
-def test_a_dead_worker_is_an_error_that_names_it(dataset: ShardedDataset) -> None:
-    loader = TrainLoader(dataset, data_config(num_workers=1), TOWERS, global_batch=2, seed=0)
-    next(iter(loader))
-    (pid,) = workers()
-    os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=rf"DataLoader worker \(pid.* {pid}\) "):
-        list(islice(loader, 20))  # those that were ready come first
-    loader.close()
-
-
-def _train_and_die(folder: Path, tell: Connection) -> None:
-    loader = TrainLoader(
-        ShardedDataset(folder, "train"), data_config(num_workers=2), TOWERS, global_batch=GLOBAL_BATCH, seed=0
-    )
-    next(iter(loader))
-    tell.send(workers())
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_workers_end_with_a_trainer_that_is_killed(folder: Path) -> None:
-    listen, tell = multiprocessing.Pipe(duplex=False)
-    trainer = multiprocessing.get_context("fork").Process(target=_train_and_die, args=(folder, tell))
-    trainer.start()
-    pids = listen.recv()
-    trainer.join()
-    assert len(pids) == 2
-    deadline = time.monotonic() + 30
-    while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, "workers outlived their trainer"
-        time.sleep(0.1)

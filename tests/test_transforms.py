@@ -22,22 +22,27 @@ from pretrain.data.transforms import (
     video_frames,
     window_start_s,
 )
-from tests.tiny_dataset import FPS, SAMPLE_RATE_HZ, image_bytes, make_sample, sound_bytes, video_bytes
+from tests.tiny_dataset import (
+    CLIP_S,
+    FPS,
+    SAMPLE_RATE_HZ,
+    SWITCH_S,
+    image_bytes,
+    make_sample,
+    sound_bytes,
+    switching_members,
+    video_bytes,
+)
 
 PLAIN = Augmentation()
 ALL = AugmentConfig(crop_scale=(0.5, 0.9), flip=True, brightness=0.3, gain_db=6.0)
-SWITCH_S = 3.0
-CLIP_S = 6.0
 
 
 @pytest.fixture(scope="module")
 def switching_clip() -> tuple[bytes, bytes]:
-    """Six seconds: dark and silent, then, from second 3 on, bright and loud."""
-    late = np.arange(round(CLIP_S * FPS)) >= SWITCH_S * FPS
-    pictures = np.where(late, 220, 20).astype(np.uint8)[:, None, None, None].repeat(48, 1).repeat(64, 2).repeat(3, 3)
-    noise = np.random.default_rng(0).normal(0, 6000, round(CLIP_S * SAMPLE_RATE_HZ)).astype(np.int16)
-    noise[: round(SWITCH_S * SAMPLE_RATE_HZ)] = 0
-    return video_bytes(pictures), sound_bytes(noise)
+    """Picture and sound of six seconds; both switch on at second 3."""
+    members = switching_members()
+    return members["video"][1], members["audio"][1]
 
 
 @pytest.mark.parametrize("place", [0.3, 0.5, 0.613, 0.7])

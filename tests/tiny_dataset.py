@@ -13,10 +13,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.shards import SCHEMA_VERSION, Sample, ShardWriter, write_json
+from pretrain.config import AugmentConfig, DataConfig, TowersConfig
 
 FPS = 10
 SAMPLE_RATE_HZ = 8000
+CLIP_S = 6.0  # of switching_members
+SWITCH_S = 3.0
 CAPTION = "a red circle moves while a flute plays"
+NUM_SAMPLES = 14  # of write_mixed_dataset
+TOWERS = TowersConfig.model_validate(
+    {
+        "video": {"num_frames": 3, "size_px": 16},
+        "audio": {"sample_rate_hz": SAMPLE_RATE_HZ},
+        "text": {"max_tokens": 8},
+    }
+)
 
 
 def video_bytes(pictures: NDArray[np.uint8], fps: int = FPS) -> bytes:
@@ -71,6 +82,15 @@ def noisy_members(number: int, length_s: float) -> dict[str, tuple[str, bytes]]:
     return {"video": ("mp4", video_bytes(pictures)), "audio": ("flac", sound_bytes(sound))}
 
 
+def switching_members() -> dict[str, tuple[str, bytes]]:
+    """Six seconds: dark and silent, then, from second 3 on, bright and loud."""
+    late = np.arange(round(CLIP_S * FPS)) >= SWITCH_S * FPS
+    pictures = np.where(late, 220, 20).astype(np.uint8)[:, None, None, None].repeat(48, 1).repeat(64, 2).repeat(3, 3)
+    noise = np.random.default_rng(0).normal(0, 6000, round(CLIP_S * SAMPLE_RATE_HZ)).astype(np.int16)
+    noise[: round(SWITCH_S * SAMPLE_RATE_HZ)] = 0
+    return {"video": ("mp4", video_bytes(pictures)), "audio": ("flac", sound_bytes(noise))}
+
+
 def write_dataset(folder: Path, samples: list[Sample], samples_per_shard: int, split: str = "train") -> Path:
     """A finished dataset of one split in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,6 +103,30 @@ def write_dataset(folder: Path, samples: list[Sample], samples_per_shard: int, s
     description = {"schema_version": SCHEMA_VERSION, "splits": {split: len(samples)}, "shards": shards}
     write_json(folder / "dataset.json", description)
     return folder
+
+
+def write_mixed_dataset(folder: Path) -> Path:
+    """14 samples in 4 shards: 0 lacks sound, 1 lacks pictures, 2 lacks captions, 3 is a still, 4 has two captions,
+    5 is shorter than the window, 6 has garbage for pictures and sound; the others are whole and longer than it."""
+    samples = []
+    for number in range(NUM_SAMPLES):
+        length_s = 0.5 if number == 5 else 1.6
+        members = noisy_members(number, length_s)
+        captions: tuple[str, ...] = (f"{number} {CAPTION}",)
+        if number == 0:
+            del members["audio"]
+        elif number == 1:
+            del members["video"]
+        elif number == 2:
+            captions = ()
+        elif number == 3:
+            members["video"] = ("jpg", image_bytes(np.full((20, 30, 3), 120, dtype=np.uint8)))
+        elif number == 4:
+            captions = ("a square", CAPTION)
+        elif number == 6:
+            members = {"video": ("mp4", b"<html>not found</html>"), "audio": ("flac", b"<html>not found</html>")}
+        samples.append(make_sample(number, members, length_s, captions))
+    return write_dataset(folder, samples, samples_per_shard=4)
 
 
 def write_tokenizer(path: Path) -> Path:
@@ -99,3 +143,10 @@ def write_tokenizer(path: Path) -> Path:
     tokenizer.train_from_iterator([CAPTION] * 4, trainer)
     tokenizer.save(str(path))
     return path
+
+
+def data_config(**changes: object) -> DataConfig:
+    """One second of each clip, everything random on, decoding in this process."""
+    augment = AugmentConfig(crop_scale=(0.5, 0.9), flip=True)
+    base = {"train": {"path": "unused", "split": "train"}, "window_s": 1.0, "num_workers": 0, "block_shards": 2}
+    return DataConfig.model_validate({**base, "augment": augment.model_dump(), **changes})
