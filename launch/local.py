@@ -158,7 +158,7 @@ class _Rank:
                 log.write(f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} rank {plan.rank} starts\n".encode())
             self.process = subprocess.Popen(
                 plan.argv, env=os.environ | plan.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, process_group=0, preexec_fn=_die_with_parent(),
+                stderr=subprocess.STDOUT, process_group=0, preexec_fn=die_with_parent(),
             )  # fmt: skip
         except OSError as error:
             raise UserError(f"rank {plan.rank}: cannot start {plan.argv[0]}: {error}") from error
@@ -211,7 +211,7 @@ class _Rank:
                         print(f"rank {self.plan.rank}: output to {sink.name} ends here: {error}", file=sys.stderr)
 
 
-def _die_with_parent() -> Callable[[], None] | None:
+def die_with_parent() -> Callable[[], None] | None:
     """What a child calls between fork and exec, so that it gets SIGKILL when its parent dies. Linux only."""
     if not sys.platform.startswith("linux"):
         return None
