@@ -1,0 +1,331 @@
+"""Retrieval metrics against hand-computed cases and a float64 determinant."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from pretrain import retrieval
+from pretrain.report import RetrievalReport, bootstrap_interval, retrieval_metrics
+from pretrain.retrieval import cosine_scores, evaluate_retrieval, rank_of_truth, summed_cosine_scores, volume_scores
+
+NAN = float("nan")
+
+
+def unit_rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random unit rows."""
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
+
+
+def ranks(scores: list[list[float]], truth: list[int], tolerance: float = 0.0) -> list[int]:
+    """`rank_of_truth` on plain lists."""
+    return rank_of_truth(torch.tensor(scores, dtype=torch.float64), torch.tensor(truth), tolerance).tolist()
+
+
+def det_volumes(query: Tensor, others: dict[str, Tensor]) -> Tensor:
+    """sqrt(det(Gram)) of every query with every candidate, one by one."""
+    rows = []
+    for q in query.double():
+        tuples = [torch.stack([q, *(rows[j].double() for rows in others.values())]) for j in range(len(query))]
+        rows.append(torch.stack([torch.linalg.det(t @ t.T).clamp(min=0).sqrt() for t in tuples]))
+    return torch.stack(rows)
+
+
+# Ranks
+
+
+def test_ranks_by_hand() -> None:
+    scores = [[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]
+    assert ranks(scores, [0, 1, 2]) == [0, 1, 2]
+    assert ranks([[0.1, 0.9, 0.5, 0.7]], [3]) == [1]
+
+
+def test_ties_count_against_the_truth() -> None:
+    assert ranks([[1.0, 1.0, 0.0]], [0]) == [1]
+    assert ranks([[1.0, 1.0, 0.0]], [1]) == [1]
+    assert ranks([[0.5, 0.5, 0.5, 0.5]], [2]) == [3]
+
+
+def test_scores_within_the_tolerance_are_ties() -> None:
+    assert ranks([[1.0, 1.0 - 1e-9, 0.5]], [0]) == [0]
+    assert ranks([[1.0, 1.0 - 1e-9, 0.5]], [0], tolerance=1e-7) == [1]
+
+
+def test_nan_counts_against_the_truth() -> None:
+    assert ranks([[1.0, NAN, 0.0]], [0]) == [1]
+    assert ranks([[NAN, 1.0, 0.0]], [0]) == [2]
+    assert ranks([[NAN, NAN]], [1]) == [1]
+
+
+def test_infinite_scores() -> None:
+    assert ranks([[math.inf, 1.0, -math.inf]], [0]) == [0]
+    assert ranks([[-math.inf, 1.0, -math.inf]], [0]) == [2]
+
+
+# Scores
+
+
+def test_cosine_is_blind_to_length_and_zero_for_zeros() -> None:
+    a, b = torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[5.0, 0.0], [1.0, 1.0]])
+    expected = torch.tensor([[1.0, math.sqrt(0.5)], [0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(cosine_scores(a, b), expected)
+
+
+def test_summed_cosine_is_the_sum_of_cosines() -> None:
+    query, others = unit_rows(5, 8), {"video": unit_rows(7, 8, seed=1), "audio": unit_rows(7, 8, seed=2)}
+    expected = sum(cosine_scores(query, rows) for rows in others.values())
+    torch.testing.assert_close(summed_cosine_scores(query, others), expected)
+
+
+@pytest.mark.parametrize("num_others", [1, 2, 3, 4])
+def test_volume_against_a_determinant(num_others: int) -> None:
+    query = unit_rows(9, 6, dtype=torch.float64)
+    others = {f"m{i}": unit_rows(9, 6, seed=i + 1, dtype=torch.float64) for i in range(num_others)}
+    torch.testing.assert_close(-volume_scores(query, others), det_volumes(query, others), atol=1e-12, rtol=1e-9)
+
+
+def test_volume_by_hand() -> None:
+    query = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]])
+    others = {"a": torch.tensor([[0.0, 1.0, 0.0]]), "b": torch.tensor([[0.0, 0.0, 2.0]])}  # lengths do not matter
+    torch.testing.assert_close(volume_scores(query, others), torch.tensor([[-1.0], [0.0]], dtype=torch.float64))
+
+
+def test_small_volumes_have_no_floor() -> None:
+    angle = 1e-6  # cos(angle) differs from 1 by 5e-13: float32 would say 0
+    query = torch.tensor([[math.cos(angle), math.sin(angle), 0.0]], dtype=torch.float64)
+    others = {"a": torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)}
+    assert volume_scores(query, others).item() == pytest.approx(-angle, rel=1e-3)
+    assert volume_scores(others["a"], others).item() == 0.0
+
+
+def test_volume_ignores_the_order_of_the_others() -> None:
+    query, a, b, c = (unit_rows(6, 8, seed=s) for s in range(4))
+    forth, back = volume_scores(query, {"a": a, "b": b, "c": c}), volume_scores(query, {"c": c, "b": b, "a": a})
+    torch.testing.assert_close(forth, back, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("tile", [1, 3, 7, 10, 1000])
+def test_tiles_do_not_change_volumes(tile: int) -> None:
+    query, others = unit_rows(4, 8), {"a": unit_rows(10, 8, seed=1), "b": unit_rows(10, 8, seed=2)}
+    torch.testing.assert_close(volume_scores(query, others, tile), volume_scores(query, others), atol=1e-14, rtol=0)
+
+
+def test_more_vectors_than_dimensions_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 vectors in 2 dimensions"):
+        volume_scores(unit_rows(3, 2), {"a": unit_rows(3, 2), "b": unit_rows(3, 2)})
+
+
+# Intervals
+
+
+def test_interval_covers_the_true_share() -> None:
+    generator = torch.Generator().manual_seed(1)
+    covered = 0
+    for trial in range(200):
+        share = (torch.rand(256, generator=generator) < 0.4).double().mean().item()
+        low, high = bootstrap_interval(share, 256, seed=trial)
+        assert low <= share <= high
+        covered += low <= 0.4 <= high
+    assert 180 <= covered <= 199  # 95 % of 200 is 190; the binomial's own spread is 3
+
+
+def test_interval_matches_resampled_queries() -> None:
+    hits = torch.zeros(100, dtype=torch.float64)
+    hits[:30] = 1
+    picks = torch.randint(100, (20_000, 100), generator=torch.Generator().manual_seed(3))
+    literal = hits[picks].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert bootstrap_interval(0.3, 100) == pytest.approx(literal, abs=0.011)
+
+
+def test_interval_is_repeatable_and_degenerate_where_it_must_be() -> None:
+    assert bootstrap_interval(0.3, 50) == bootstrap_interval(0.3, 50)
+    assert bootstrap_interval(0.0, 50) == (0.0, 0.0)
+    assert bootstrap_interval(1.0, 50) == (1.0, 1.0)
+    assert bootstrap_interval(0.0, 0) == (0.0, 0.0)
+
+
+def test_metrics_of_known_ranks() -> None:
+    row = retrieval_metrics(torch.tensor([0, 0, 3, 4, 7, 20]), 25, "text", "video", "cosine")
+    assert (row.recall_at_1, row.recall_at_5, row.recall_at_10) == pytest.approx((2 / 6, 4 / 6, 5 / 6))
+    assert row.median_rank == 4.5  # between 1-based ranks 4 and 5
+    assert row.chance_recall_at_1 == 1 / 25
+    assert (row.num_queries, row.num_candidates) == (6, 25)
+
+
+# The whole evaluation
+
+
+def aligned(n: int = 40, noise: float = 0.05) -> dict[str, Tensor]:
+    """Three modalities that agree up to `noise`."""
+    text = unit_rows(n, 16)
+    return {
+        "text": text,
+        "video": F.normalize(text + noise * unit_rows(n, 16, seed=1), dim=1),
+        "audio": F.normalize(text + noise * unit_rows(n, 16, seed=2), dim=1),
+    }
+
+
+def test_perfect_embeddings_find_everything() -> None:
+    report = evaluate_retrieval(aligned(), None)
+    assert len(report.metrics) == 6 + 4
+    for row in report.metrics:
+        assert row.recall_at_1 == 1.0, row
+        assert row.median_rank == 1
+    assert not report.warnings
+    assert report.positive_cosine.keys() == {"text-video", "text-audio", "video-audio"}
+
+
+@pytest.mark.parametrize("n", [2, 33, 257])
+def test_collapsed_model_scores_zero(n: int) -> None:
+    point = unit_rows(1, 24)
+    same = {name: point.repeat(n, 1) for name in ("text", "video", "audio")}
+    apart = {name: unit_rows(1, 24, seed=s).repeat(n, 1) for s, name in enumerate(same)}
+    for vectors in (same, apart):
+        for row in evaluate_retrieval(vectors, None).metrics:
+            assert row.recall_at_1 == 0.0, row
+            assert row.median_rank == n
+
+
+def test_picture_and_sound_are_both_needed() -> None:
+    """A 4 x 4 grid: text is the sum of what is seen and heard, so one alone ties with three others."""
+    seen, heard = torch.eye(8)[:4].repeat_interleave(4, dim=0), torch.eye(8)[4:].repeat(4, 1)
+    report = evaluate_retrieval({"text": F.normalize(seen + heard, dim=1), "video": seen, "audio": heard}, None)
+    assert report.find("text", ["video", "audio"], "summed_cosine").recall_at_1 == 1.0
+    assert report.find("text", "audio+video", "volume").recall_at_1 == 1.0
+    single = report.find("text", "video", "cosine")
+    assert (single.recall_at_1, single.recall_at_5, single.median_rank) == (0.0, 1.0, 4)
+
+
+def test_anti_aligned_modality_is_named() -> None:
+    vectors = aligned()
+    vectors["audio"] = -vectors["audio"]
+    report = evaluate_retrieval(vectors, None)
+    assert report.find("text", "audio", "cosine").recall_at_1 == 0.0
+    assert report.find("text", "video+audio", "volume").recall_at_1 == 1.0  # volumes do not see the sign
+    cosine = report.positive_cosine["text-audio"]
+    assert cosine is not None
+    assert cosine < -0.9
+    assert [w.split(":")[0] for w in report.warnings] == [
+        "text and audio are anti-aligned", "video and audio are anti-aligned",
+    ]  # fmt: skip
+
+
+def test_missing_modalities_leave_queries_and_candidates() -> None:
+    vectors = aligned(6)
+    present = {
+        "text": torch.tensor([1, 1, 1, 1, 1, 0]).bool(),
+        "video": torch.tensor([1, 1, 1, 1, 0, 1]).bool(),
+        "audio": torch.tensor([1, 1, 0, 0, 1, 1]).bool(),
+    }
+    clean = evaluate_retrieval(vectors, present)
+    single, both = clean.find("text", "video", "cosine"), clean.find("text", "video+audio", "volume")
+    assert (single.num_queries, single.num_candidates) == (4, 5)  # sample 5 has no text: a distractor
+    assert (both.num_queries, both.num_candidates) == (2, 3)
+    back = clean.find("video+audio", "text", "volume")
+    assert (back.num_queries, back.num_candidates) == (2, 5)
+    assert clean.num_present == {"text": 5, "video": 5, "audio": 4}
+    garbage = {name: torch.where(present[name][:, None], rows, NAN) for name, rows in vectors.items()}
+    assert evaluate_retrieval(garbage, present) == clean
+
+
+def test_distractor_without_the_query_modality_counts() -> None:
+    text = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    video = torch.tensor([[0.8, 0.6], [1.0, 0.0]])
+    present = {"text": torch.tensor([True, False]), "video": torch.tensor([True, True])}
+    row = evaluate_retrieval({"text": text, "video": video}, present).find("text", "video", "cosine")
+    assert (row.num_queries, row.recall_at_1, row.median_rank) == (1, 0.0, 2)
+
+
+def test_rows_of_zeros_are_missing_not_perfect() -> None:
+    vectors = aligned(5)
+    vectors["video"][2] = 0
+    report = evaluate_retrieval(vectors, None)
+    assert report.num_present["video"] == 4
+    assert report.find("text", "video+audio", "volume").recall_at_1 == 1.0
+
+
+def test_nan_embeddings_are_not_found_and_named() -> None:
+    vectors = aligned(10)
+    vectors["video"][3] = NAN
+    report = evaluate_retrieval(vectors, None)
+    assert report.find("text", "video", "cosine").recall_at_1 == 0.0  # the NaN candidate may be better than any
+    assert report.find("video", "text", "cosine").recall_at_1 == pytest.approx(0.9)
+    assert report.positive_cosine["text-video"] is None
+    assert any("NaN" in warning for warning in report.warnings)
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_modality_that_is_absent_everywhere() -> None:
+    present = {name: torch.full((8,), name != "audio") for name in ("text", "video", "audio")}
+    report = evaluate_retrieval(aligned(8), present)
+    row = report.find("text", "audio", "cosine")
+    assert (row.num_queries, row.recall_at_1, row.median_rank) == (0, 0.0, None)
+    assert report.find("text", "video", "cosine").recall_at_1 == 1.0
+    assert len(report.warnings) == 2
+
+
+def test_two_modalities_have_volume_and_cosine() -> None:
+    vectors = aligned(12)
+    del vectors["audio"]
+    report = evaluate_retrieval(vectors, None)
+    assert {row.score for row in report.metrics} == {"cosine", "volume", "summed_cosine"}
+    assert report.find("text", ["video"], "volume").recall_at_1 == 1.0
+
+
+def test_every_set_of_the_others_is_measured() -> None:
+    vectors = {name: unit_rows(5, 16, seed=s) for s, name in enumerate(("text", "video", "audio", "depth"))}
+    report = evaluate_retrieval(vectors, None, anchor="video")
+    sides = {row.candidates for row in report.metrics if row.score == "volume" and row.query == "video"}
+    assert sides == {"text+audio", "text+depth", "audio+depth", "text+audio+depth"}
+
+
+def test_blocks_do_not_change_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = aligned(30, noise=1.5)
+    present = {name: torch.rand(30, generator=torch.Generator().manual_seed(s)) < 0.8 for s, name in enumerate(vectors)}
+    whole = evaluate_retrieval(vectors, present)
+    assert 0 < whole.find("text", "video+audio", "volume").recall_at_1 < 1
+    monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", 100)
+    assert evaluate_retrieval(vectors, present) == whole
+
+
+def test_scores_and_report_agree() -> None:
+    vectors = aligned(25, noise=1.5)
+    others = {name: vectors[name] for name in ("video", "audio")}
+    report = evaluate_retrieval(vectors, None)
+    for score, matrix in (
+        ("volume", volume_scores(vectors["text"], others)),
+        ("summed_cosine", summed_cosine_scores(vectors["text"], others)),
+    ):
+        for query, scores in (("text", matrix), ("video+audio", matrix.T)):
+            found = rank_of_truth(scores, torch.arange(25))
+            row = report.find(query, "video+audio" if query == "text" else "text", score)
+            assert row.recall_at_1 == pytest.approx((found == 0).double().mean().item())
+            assert row.median_rank == found.median().item() + 1
+
+
+def test_report_is_json_and_a_table() -> None:
+    report = evaluate_retrieval(aligned(12), None)
+    value = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert value["metrics"][0]["query"] == "text"
+    assert len(value["metrics"]) == len(report.metrics)
+    console = Console(width=200, file=io.StringIO())
+    console.print(report.table("run on test"))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "run on test" in text
+    assert "text -> video+audio" in text
+    assert "text-video +1.00" in text
+
+
+def test_unknown_names() -> None:
+    report: RetrievalReport = evaluate_retrieval(aligned(4), None)
+    with pytest.raises(KeyError, match="text -> video by cosine"):
+        report.find("text", "smell", "cosine")
+    with pytest.raises(ValueError, match="did you mean 'text'"):
+        evaluate_retrieval(aligned(4), None, anchor="txt")
