@@ -146,7 +146,7 @@ def _read_file(location: str) -> list[Any]:
 def _check_csv(row: dict[str | None, Any]) -> Any:
     if None in row:
         return _Unusable(detail=f"{len(row[None])} more values than columns")
-    return {name: value for name, value in row.items() if value not in ("", None)} | {"id": row.get("id")}
+    return {name: value for name, value in row.items() if value not in ("", None) or name == "id"}
 
 
 def _parse_json(line: str) -> Any:
