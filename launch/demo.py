@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.settings import UserError, load_settings
-from launch.local import die_with_parent
+from launch.leash import leashed
 from pretrain.config import RunConfig
 
 CONFIGS = Path("configs/demo")
@@ -168,7 +168,7 @@ def run_and_kill(command: Sequence[str], metrics: Path, kill_at: int) -> int:
     Returns:
         0 when it was killed; its exit code (1 for 0) when it left before that.
     """
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent())
+    process = subprocess.Popen(leashed(command), start_new_session=True)
     try:
         while process.poll() is None:
             if last_step(metrics) >= kill_at:

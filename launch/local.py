@@ -6,7 +6,6 @@ once. What a rank leaves behind in its group when it is gone (workers of a data 
 
 from __future__ import annotations
 
-import ctypes
 import glob
 import os
 import random
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
@@ -25,6 +24,7 @@ from queue import Empty, SimpleQueue
 from typing import BinaryIO
 
 from data_pipeline.settings import UserError
+from launch.leash import leashed
 from launch.plan import EXIT_RUN_AGAIN, Machine, Plan, RankPlan
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -32,7 +32,6 @@ GRACE_S = 10.0  # between SIGTERM and SIGKILL
 DRAIN_S = 2.0  # for the last output of a rank that is gone
 TAIL_LINES = 10
 TAIL_BYTES = 1 << 14
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ def run(plan: Plan, grace_s: float = GRACE_S) -> int:
     ranks: list[_Rank] = []
     with _signals_to(events):
         try:
-            for rank_plan in plan.ranks:  # all before any thread: a fork of a process with threads may deadlock
+            for rank_plan in plan.ranks:
                 ranks.append(_Rank(rank_plan))
             for rank in ranks:
                 rank.watch(events, sys.stdout.buffer if rank.plan.rank == 0 else None)
@@ -152,13 +151,15 @@ class _Rank:
         self.plan = plan
         self._tail = b""
         self._copying: threading.Thread | None = None
+        if shutil.which(plan.argv[0]) is None:
+            raise UserError(f"rank {plan.rank}: cannot start {plan.argv[0]}: no such program")
         try:
             plan.log_path.parent.mkdir(parents=True, exist_ok=True)
             with open(plan.log_path, "ab") as log:
                 log.write(f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} rank {plan.rank} starts\n".encode())
             self.process = subprocess.Popen(
-                plan.argv, env=os.environ | plan.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, process_group=0, preexec_fn=die_with_parent(),
+                leashed(plan.argv), env=os.environ | plan.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, process_group=0,
             )  # fmt: skip
         except OSError as error:
             raise UserError(f"rank {plan.rank}: cannot start {plan.argv[0]}: {error}") from error
@@ -209,21 +210,6 @@ class _Rank:
                     except OSError as error:
                         sinks.remove(sink)
                         print(f"rank {self.plan.rank}: output to {sink.name} ends here: {error}", file=sys.stderr)
-
-
-def die_with_parent() -> Callable[[], None] | None:
-    """What a child calls between fork and exec, so that it gets SIGKILL when its parent dies. Linux only."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl  # looked up here: a child must not take the loader's lock
-    parent = os.getpid()
-
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)
-
-    return ask
 
 
 @contextmanager
