@@ -205,7 +205,7 @@ def damage(checkpoint: Path) -> str | None:
 
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose checksums fit, and a line for each newer one that is damaged."""
-    notes = []
+    notes: list[str] = []
     for checkpoint in reversed(finished_checkpoints(run)):
         problem = damage(checkpoint)
         if problem is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -54,8 +54,8 @@ class TransformerConfig(Settings):
     mlp_ratio: PositiveFloat = 4.0
     dropout: float = Field(0.0, ge=0, lt=1)
     patch_dropout: float = Field(0.0, ge=0, lt=1)  # share of patches left out in training (video only)
-    patch_px: PositiveInt = 16  # side of a patch (video: pixels; audio: mel bands)
-    patch_steps: PositiveInt = 16  # audio only: spectrogram steps a patch spans
+    patch_px: PositiveInt = 16  # side of a square patch (video: pixels; audio: mel bands and spectrogram steps)
+    time_stride: PositiveInt = 16  # audio only: spectrogram steps from one patch to the next
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TransformerConfig:
@@ -65,8 +65,9 @@ class TransformerConfig(Settings):
 
 
 class TowerConfig(Settings):
-    """What the three towers share. `encoder` is `timm:NAME`, `hf:NAME_OR_FOLDER`, or a block of TransformerConfig."""
+    """What the three towers share. `encoder`: a published one by name, or a block of TransformerConfig."""
 
+    sources: ClassVar[tuple[str, ...]] = ()
     encoder: str | TransformerConfig = TransformerConfig()
     pretrained: bool = True  # only for encoders given by name: load their published weights
     freeze: bool = False  # train the projection only
@@ -74,13 +75,16 @@ class TowerConfig(Settings):
     @field_validator("encoder")
     @classmethod
     def _known_source(cls, value: str | TransformerConfig) -> str | TransformerConfig:
-        if isinstance(value, str) and value.split(":")[0] not in ("timm", "hf"):
-            raise ValueError(f"expected 'timm:NAME', 'hf:NAME_OR_FOLDER' or a block, found '{value}'")
+        if isinstance(value, str) and not value.startswith(cls.sources):
+            forms = " or ".join(f"'{source}NAME'" for source in cls.sources)
+            raise ValueError(f"expected {forms} or a block of keys, found '{value}'")
         return value
 
 
 class VideoTowerConfig(TowerConfig):
-    """An image encoder on each frame, then pooling over time."""
+    """An image encoder on each frame (`timm:NAME`, or a ViT from a block), then pooling over time."""
+
+    sources: ClassVar[tuple[str, ...]] = ("timm:",)
 
     num_frames: PositiveInt = 8  # spread evenly over the window
     size_px: PositiveInt = 224
@@ -88,7 +92,9 @@ class VideoTowerConfig(TowerConfig):
 
 
 class AudioTowerConfig(TowerConfig):
-    """A spectrogram transformer (AST) on log-mel energies of mono sound."""
+    """A spectrogram transformer on log-mel energies (`hf:NAME_OR_FOLDER` of an AST, or one from a block)."""
+
+    sources: ClassVar[tuple[str, ...]] = ("hf:",)
 
     sample_rate_hz: PositiveInt = 16_000
     num_mels: PositiveInt = 64
@@ -97,9 +103,11 @@ class AudioTowerConfig(TowerConfig):
 
 
 class TextTowerConfig(TowerConfig):
-    """A text encoder with its tokenizer: `default` is the byte-level BPE that this project ships."""
+    """A text encoder (`hf:NAME_OR_FOLDER`, or a BERT from a block) with its tokenizer."""
 
-    tokenizer: str = "default"  # or hf:NAME_OR_FOLDER
+    sources: ClassVar[tuple[str, ...]] = ("hf:",)
+
+    tokenizer: str = "default"  # the byte-level BPE that this project ships, or hf:NAME_OR_FOLDER
     max_tokens: PositiveInt = 64
 
 

@@ -67,7 +67,7 @@ class RunLog:
                 keep_until(path, resumed_step)
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run), purge_step=resumed_step + 1)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(run), purge_step=resumed_step + 1)
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics."""

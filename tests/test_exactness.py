@@ -45,7 +45,7 @@ def run_config(dataset: str, objective: str, chunk: int, dropout: bool) -> RunCo
                     "num_frames": 2,
                     "size_px": 32,
                 },
-                "audio": {"encoder": {**encoder, "patch_steps": 8}, "num_mels": 32, "hop_s": 0.02},
+                "audio": {"encoder": {**encoder, "time_stride": 8}, "num_mels": 32, "hop_s": 0.02},
                 "text": {"encoder": encoder, "max_tokens": 16},
             },
             "embedding_dim": 12,

@@ -41,7 +41,7 @@ def write_config(path: Path, dataset: Path, run: Path, **changes: Any) -> Path:
         },
         "towers": {
             "video": {"encoder": encoder, "num_frames": 2, "size_px": 32},
-            "audio": {"encoder": {**encoder, "patch_steps": 8}, "num_mels": 32, "hop_s": 0.02},
+            "audio": {"encoder": {**encoder, "time_stride": 8}, "num_mels": 32, "hop_s": 0.02},
             "text": {"encoder": encoder, "max_tokens": 16},
         },
         "embedding_dim": 12,

@@ -1,0 +1,167 @@
+"""All towers of a run behind one call, and the parameter groups of its optimizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from data_pipeline.settings import UserError
+from pretrain.config import RunConfig, TowerConfig
+from pretrain.data.tokenize import Tokenizer
+from pretrain.heads.projection import Projection
+from pretrain.towers.audio import AudioTower
+from pretrain.towers.text import TextTower
+from pretrain.towers.video import VideoTower
+
+Around = Callable[[str], AbstractContextManager[None]]
+
+
+class Tower(nn.Module):
+    """An encoder of one modality with its projection: inputs -> fp32 unit rows [n, D].
+
+    A sample that lacks the modality gets constant inputs, so that every parameter takes part in every call and nothing
+    behind its mask has an effect. A frozen encoder stays in evaluation mode.
+
+    Raises:
+        UserError: the encoder has batch normalisation and is not frozen.
+    """
+
+    def __init__(self, name: str, encoder: nn.Module, width: int, config: TowerConfig, run: RunConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projection = Projection(width, run.embedding_dim)
+        self.frozen = config.freeze
+        self.autocast = run.train.precision == "bf16"
+        if config.freeze:
+            encoder.requires_grad_(False).eval()
+        else:
+            _refuse_batch_norm(name, encoder)
+
+    def train(self, mode: bool = True) -> Tower:
+        """Switch training mode; a frozen encoder keeps evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def forward(self, inputs: dict[str, Tensor], present: Tensor) -> Tensor:
+        """inputs as in `Batch.inputs[modality]`, present [n] -> [n, D]"""
+        known = {name: _constant_where_absent(name, tensor, present) for name, tensor in inputs.items()}
+        with torch.autocast(present.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            features = self.encoder(**known)
+        embeddings: Tensor = self.projection(features)
+        return embeddings
+
+
+class Towers(nn.Module):
+    """The towers of a run, always called all and in the same order."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.names = config.towers.names
+        self.towers = nn.ModuleDict({name: build_tower(name, config) for name in self.names})
+
+    def forward(
+        self, inputs: dict[str, dict[str, Tensor]], present: dict[str, Tensor], around: Around | None = None
+    ) -> dict[str, Tensor]:
+        """{modality: [n, D]}; `around(name)` is entered for the call of each tower."""
+        found = {}
+        for name in self.names:
+            with nullcontext() if around is None else around(name):
+                found[name] = self.towers[name](inputs[name], present[name])
+        return found
+
+
+def build_tower(name: str, config: RunConfig) -> Tower:
+    """The tower of a modality, with published weights or with weights from torch's current random state.
+
+    Raises:
+        UserError: the encoder or its weights cannot be had, or do not fit.
+    """
+    encoder: nn.Module
+    if name == "video":
+        assert config.towers.video is not None
+        encoder = VideoTower(config.towers.video)
+    elif name == "audio":
+        assert config.towers.audio is not None
+        encoder = AudioTower(config.towers.audio, config.data.window_s)
+    else:
+        assert config.towers.text is not None
+        tokenizer = Tokenizer(config.towers.text.tokenizer, config.towers.text.max_tokens)
+        encoder = TextTower(config.towers.text, tokenizer.vocab_size)
+    own: TowerConfig = getattr(config.towers, name)
+    tower = Tower(name, encoder, int(encoder.width), own, config)
+    if isinstance(own.encoder, str) and not own.freeze:
+        _freeze_unused(name, tower, config)
+    return tower
+
+
+def _constant_where_absent(name: str, tensor: Tensor, present: Tensor) -> Tensor:
+    """Zeros for absent rows; of a mask the first entry stays true, so that no softmax runs over nothing."""
+    shape = (-1, *[1] * (tensor.ndim - 1))
+    if tensor.dtype != torch.bool:
+        return torch.where(present.view(shape), tensor, torch.zeros_like(tensor))
+    first = torch.zeros_like(tensor)
+    first[:, 0] = True
+    usable = present & tensor.any(dim=1)
+    return torch.where(usable.view(shape), tensor, first)
+
+
+def _refuse_batch_norm(name: str, encoder: nn.Module) -> None:
+    for place, module in encoder.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise UserError(
+                f"towers.{name}: layer {place} is {type(module).__name__}, whose output depends on which samples "
+                "share a chunk; expected an encoder without batch normalisation, or freeze: true"
+            )
+
+
+def example_inputs(name: str, config: RunConfig) -> dict[str, Tensor]:
+    """One sample of zeros as the loader would give it."""
+    if name == "video":
+        video = config.towers.video
+        assert video is not None
+        frames = torch.zeros(1, video.num_frames, video.size_px, video.size_px, 3, dtype=torch.uint8)
+        return {"frames": frames, "frame_mask": torch.ones(1, video.num_frames, dtype=torch.bool)}
+    if name == "audio":
+        audio = config.towers.audio
+        assert audio is not None
+        length = round(config.data.window_s * audio.sample_rate_hz)
+        return {"waveform": torch.zeros(1, length, dtype=torch.int16), "num_samples": torch.tensor([length])}
+    text = config.towers.text
+    assert text is not None
+    ids = torch.zeros(1, text.max_tokens, dtype=torch.int64)
+    return {"token_ids": ids, "token_mask": torch.ones(1, text.max_tokens, dtype=torch.bool)}
+
+
+def _freeze_unused(name: str, tower: Tower, config: RunConfig) -> None:
+    """Published models carry parameters our use of them never reaches (poolers, mask tokens): not to be trained."""
+    tower(example_inputs(name, config), torch.ones(1, dtype=torch.bool)).sum().backward()
+    unused = [place for place, p in tower.named_parameters() if p.requires_grad and p.grad is None]
+    for place in unused:
+        tower.get_parameter(place).requires_grad_(False)
+    tower.zero_grad(set_to_none=True)
+    if unused:
+        logging.getLogger(__name__).info("towers.%s: not trained, because never used: %s", name, ", ".join(unused))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups over the trainable parameters, each once, in the model's order.
+
+    Not decayed: vectors and scalars (norms, biases, temperatures), tokens and embeddings of position and time.
+    """
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim > 1 and not name.endswith(("_token", "_embedding", "_embeddings", "pos_embed"))
+            is_position = "position_embeddings" in name or "token_type_embeddings" in name
+            (decayed if matrix and not is_position else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
