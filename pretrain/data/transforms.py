@@ -139,7 +139,7 @@ def sound_window(
     if not len(sound):
         raise UndecodableMedia(f"no sound after {start_s:.3f} s")
     if augmentation.gain != 1:
-        sound = np.clip(np.rint(sound * augmentation.gain), -32768, 32767).astype(np.int16)
+        sound = np.clip(np.rint(sound * np.float32(augmentation.gain)), -32768, 32767).astype(np.int16)
     waveform[: len(sound)] = sound
     return waveform, len(sound)
 
