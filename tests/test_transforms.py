@@ -83,7 +83,7 @@ def test_the_window_lies_where_picture_and_sound_both_are() -> None:
 def test_what_a_short_clip_lacks_is_zero_and_masked(switching_clip: tuple[bytes, bytes]) -> None:
     pictures = np.full((FPS, 48, 64, 3), 200, dtype=np.uint8)  # one second
     how = replace(PLAIN, brightness=1.2, gain=0.5)
-    frames, mask = video_frames(video_bytes(pictures), 1.0, frame_times_s(0, 2.0, 4), 16, how)
+    frames, mask = video_frames(video_bytes(pictures), 1.0, frame_times_s(0.0, 2.0, 4), 16, how)
     assert mask.tolist() == [True, True, False, False]
     assert np.abs(frames[:2].astype(int) - 240).max() <= 4
     assert not frames[2:].any()
@@ -98,7 +98,7 @@ def test_what_a_short_clip_lacks_is_zero_and_masked(switching_clip: tuple[bytes,
 
 def test_a_clip_shorter_than_the_first_frame_time_gives_its_middle() -> None:
     pictures = np.arange(0, 200, 50, dtype=np.uint8)[:, None, None, None].repeat(48, 1).repeat(64, 2).repeat(3, 3)
-    frames, mask = video_frames(video_bytes(pictures), 0.4, frame_times_s(0, 4.0, 2), 8, PLAIN)
+    frames, mask = video_frames(video_bytes(pictures), 0.4, frame_times_s(0.0, 4.0, 2), 8, PLAIN)
     assert mask.tolist() == [True, False]
     assert frames[0].mean() == pytest.approx(100, abs=4)
 
@@ -114,9 +114,9 @@ def test_all_frames_of_a_clip_are_cropped_alike() -> None:
     picture = np.random.default_rng(1).integers(0, 255, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     data = video_bytes(np.stack([picture] * FPS))
     how = draw_augmentation(ALL, seed=0, epoch=0, key="clip")
-    frames, _ = video_frames(data, 1.0, frame_times_s(0, 1.0, 4), 16, how)
+    frames, _ = video_frames(data, 1.0, frame_times_s(0.0, 1.0, 4), 16, how)
     assert np.abs(frames.astype(int) - frames[:1].astype(int)).max() <= 12  # the codec's own changes
-    plain, _ = video_frames(data, 1.0, frame_times_s(0, 1.0, 4), 16, PLAIN)
+    plain, _ = video_frames(data, 1.0, frame_times_s(0.0, 1.0, 4), 16, PLAIN)
     assert np.abs(frames.astype(int) - plain.astype(int)).max() > 40
 
 
