@@ -78,22 +78,39 @@ def unreadable_reason(stream: BinaryIO, error: str) -> Rejected:
     head = stream.read(64)
     if not head:
         return Rejected(Reason.EMPTY_FILE, "0 bytes")
-    if head[4:8] == b"ftyp":
-        short = missing_mp4_bytes(stream)
-        return Rejected(Reason.TRUNCATED, short) if short else Rejected(Reason.DAMAGED, error)
+    missing = missing_bytes(stream)
+    if missing is not None:
+        return Rejected(Reason.TRUNCATED, missing)
     if _looks_like_media(head):
         return Rejected(Reason.DAMAGED, error)
     return Rejected(Reason.NOT_MEDIA, f"begins with {bytes(head[:24])!r}")
 
 
 def _looks_like_media(head: bytes) -> bool:
+    if head[4:8] == b"ftyp":
+        return True
     starts = (b"\x1aE\xdf\xa3", b"RIFF", b"OggS", b"fLaC", b"ID3", b"FLV", b"\xff\xd8\xff", b"\x89PNG", b"GIF8")
     return head.startswith(starts) or head[:2] in (b"\xff\xfb", b"\xff\xf3", b"\xff\xf1", b"\xff\xf9")
 
 
-def missing_mp4_bytes(stream: BinaryIO) -> str | None:
-    """What an mp4 file's outermost boxes (ISO 14496-12, 4.2) say is missing from it; None when it is whole."""
+def missing_bytes(stream: BinaryIO) -> str | None:
+    """What an mp4 or RIFF (wav, avi) file says about its own length that is not there; None when it is whole.
+
+    Other containers do not say, and None is returned for them.
+    """
     length = stream.seek(0, 2)
+    stream.seek(0)
+    head = stream.read(12)
+    if head[4:8] == b"ftyp":
+        return _missing_boxes(stream, length)
+    stated = int.from_bytes(head[4:8], "little") + 8
+    if head[:4] == b"RIFF" and length < stated < 0xFFFFFFFF:  # all ones: a stream of unknown length
+        return f"{length} bytes of {stated}"
+    return None
+
+
+def _missing_boxes(stream: BinaryIO, length: int) -> str | None:
+    """What the outermost boxes of an mp4 file (ISO 14496-12, 4.2) state and `length` does not hold."""
     position, kinds = 0, []
     while position + 8 <= length:
         stream.seek(position)

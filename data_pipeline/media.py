@@ -11,9 +11,10 @@ from typing import BinaryIO, Literal
 import av
 
 from data_pipeline.decode import describe
-from data_pipeline.filters import Reason, Rejected, missing_mp4_bytes, unreadable_reason
+from data_pipeline.filters import Reason, Rejected, missing_bytes, unreadable_reason
 from data_pipeline.source import open_binary
 
+BITEXACT = {"fflags": "+bitexact"}  # of containers we write: no version of the library, no random serial number
 GUESSED_DURATIONS = ("mp3", "aac")  # containers that state none: the reader guesses it from the bit rate
 READ_BYTES = 1 << 18  # a read of the container reader; its default of 32 KiB is many calls into Python
 
@@ -53,11 +54,15 @@ class Media:
         """
         stream = open_binary(base, path)
         try:
+            _refuse_short_riff(stream, path)
             # A playlist that calls itself .mp4 must not make the reader open other files.
             options = {"protocol_whitelist": "pipe"}
             container = av.open(
                 _Reader(stream), container_options=options, buffer_size=READ_BYTES, metadata_errors="replace"
             )
+        except Rejected:
+            stream.close()
+            raise
         except (av.FFmpegError, ValueError) as error:
             with stream:
                 rejected = unreadable_reason(stream, describe(error))
@@ -134,12 +139,20 @@ class Media:
     def broken(self, words: str) -> Rejected:
         """The reason for a failure in the middle: cut short if the container says so, otherwise damaged."""
         position = self.stream.tell()
-        self.stream.seek(4)
-        missing = missing_mp4_bytes(self.stream) if self.stream.read(4) == b"ftyp" else None
+        missing = missing_bytes(self.stream)
         self.stream.seek(position)
         if missing is not None:
             return Rejected(Reason.TRUNCATED, f"{self.path}: {missing}")
         return Rejected(Reason.DAMAGED, f"{self.path}: {words}")
+
+
+def _refuse_short_riff(stream: BinaryIO, path: str) -> None:
+    """Raises Rejected for a wav or avi file that is cut: it would be read as if it were shorter."""
+    riff = stream.read(4) == b"RIFF"
+    missing = missing_bytes(stream) if riff else None
+    stream.seek(0)
+    if missing is not None:
+        raise Rejected(Reason.TRUNCATED, f"{path}: {missing}")
 
 
 def _tagged_duration_s(tag: str | None) -> float | None:

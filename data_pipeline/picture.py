@@ -16,10 +16,9 @@ from PIL import Image, ImageOps
 from data_pipeline.config import VideoConfig
 from data_pipeline.decode import SEEK_BEYOND_S, TIME_TOLERANCE_S, describe
 from data_pipeline.filters import Reason, Rejected
-from data_pipeline.media import Media
+from data_pipeline.media import BITEXACT, Media
 from data_pipeline.segment import Clip
 
-BITEXACT = {"fflags": "+bitexact"}  # no version of the library in the file
 COPYABLE = ("h264", "hevc", "av1", "vp9", "mpeg4")  # codecs that both mp4 and common decoders know
 JPEG_QUALITY = 92
 
@@ -166,7 +165,8 @@ class _ClipEncoder:
 
     def _open(self, width: int, height: int) -> av.container.OutputContainer:
         out = av.open(self._buffer, "w", format="mp4", container_options=BITEXACT)
-        options = {"preset": self._config.preset, "crf": str(self._config.crf)}
+        # x264's macroblock tree reads memory that nobody wrote: with it, equal pictures give different bytes.
+        options = {"preset": self._config.preset, "crf": str(self._config.crf), "mbtree": "0"}
         self._track: Any = out.add_stream("libx264", rate=self._rate, options=options)
         self._track.width, self._track.height, self._track.pix_fmt = width, height, "yuv420p"
         context = self._track.codec_context

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from data_pipeline.config import AudioConfig
 from data_pipeline.decode import decode_sound, describe, resample
 from data_pipeline.filters import Reason, Rejected
-from data_pipeline.media import GUESSED_DURATIONS, Media
+from data_pipeline.media import BITEXACT, GUESSED_DURATIONS, Media
 from data_pipeline.segment import Clip
 
 SHORTFALL_S = 0.25  # sound may end this much before the time its container states: codecs pad, containers round
@@ -67,7 +67,7 @@ def encode_sound(pcm: NDArray[np.int16], config: AudioConfig) -> bytes:
     codec, container_name = CODECS[config.codec]
     layout = "mono" if config.channels == 1 else "stereo"
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container_name, options={"fflags": "+bitexact"}) as container:
+    with av.open(buffer, "w", format=container_name, container_options=BITEXACT) as container:
         stream = container.add_stream(codec, rate=config.sample_rate_hz, layout=layout)
         interleaved = np.ascontiguousarray(pcm.T).reshape(1, -1)
         frame = av.AudioFrame.from_ndarray(interleaved, format="s16", layout=layout)

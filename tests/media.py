@@ -51,6 +51,23 @@ def write_clip(
     return path
 
 
+def write_panning(path: Path, *, num_frames: int = 50, width: int = 160, height: int = 120) -> Path:
+    """An mp4 of coloured squares that move, which is more work for an encoder than a slope."""
+    squares = np.random.default_rng(0).integers(0, 255, (height // 8 + 16, width // 8 + 16, 3), dtype=np.uint8)
+    scene = squares.repeat(8, axis=0).repeat(8, axis=1)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": "18"})
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.thread_count = width, height, "yuv420p", 1
+        for number in range(num_frames):
+            top, left = number, 2 * number
+            picture = np.ascontiguousarray(scene[top : top + height, left : left + width])
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
 def write_wav(path: Path, *, duration_s: float = 2.0, rate_hz: int = 22_050, silent_s: float = 0.0) -> Path:
     """A mono wav file of `stepped_tone`."""
     path.parent.mkdir(parents=True, exist_ok=True)
