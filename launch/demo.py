@@ -79,7 +79,7 @@ class Stages:
 
     def say(self, line: str) -> None:
         """A line of the demo itself."""
-        self.console.print(line, style="cyan", markup=False, highlight=False)
+        self.console.print(line, style="cyan", markup=False, highlight=False, soft_wrap=True)
 
     def command(self, arguments: Sequence[str]) -> None:
         """Run `parallelotope ARGUMENTS...` to its end; a failure ends the demo with its exit code."""
@@ -88,7 +88,8 @@ class Stages:
 
     def show(self, arguments: Sequence[str]) -> None:
         """Print a command as a person would type it."""
-        self.console.print(f"$ parallelotope {shlex.join(arguments)}", style="bold", markup=False, highlight=False)
+        line = f"$ parallelotope {shlex.join(arguments)}"
+        self.console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
 
     def check(self, code: int) -> None:
         """End the demo when `code` is not 0."""

@@ -64,23 +64,36 @@ class RetrievalReport:
         return {**value, "metrics": list(value["metrics"]), "warnings": list(value["warnings"])}
 
     def table(self, title: str = "retrieval") -> Table:
-        """A rich table; recalls in per cent."""
+        """A rich table that fits 80 columns; recalls and chance in per cent."""
+        from rich import box
         from rich.table import Table
 
         cosines = [f"{pair} {'none' if v is None else f'{v:+.2f}'}" for pair, v in self.positive_cosine.items()]
-        table = Table(title=title, caption=f"mean positive cosine: {', '.join(cosines)}", title_justify="left")
-        table.add_column("query -> candidates", no_wrap=True)
+        notes = (
+            "recall and chance in %; 95 %: bootstrap interval of R@1; rank: median; n queries of so many candidates; "
+            f"sum: summed cosine. Mean positive cosine: {', '.join(cosines)}"
+        )
+        table = Table(
+            title=title, title_justify="left", caption=notes, caption_justify="left",
+            box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False,
+        )  # fmt: skip
+        table.add_column("query -> candidates")
         table.add_column("score", no_wrap=True)
-        for name in ("R@1 %", "95 %", "R@5 %", "R@10 %", "median rank", "chance %", "queries", "candidates"):
-            table.add_column(name, justify="right")
+        for name in ("R@1", "95 %", "R@5", "R@10", "rank", "chance", "n", "of"):
+            table.add_column(name, justify="right", no_wrap=True)
         for row in self.metrics:
-            interval = f"{100 * row.recall_at_1_low:.1f}-{100 * row.recall_at_1_high:.1f}"
-            recalls = [f"{100 * value:.1f}" for value in (row.recall_at_5, row.recall_at_10)]
-            median = "-" if row.median_rank is None else f"{row.median_rank:g}"
             table.add_row(
-                f"{row.query} -> {row.candidates}", row.score, f"{100 * row.recall_at_1:.1f}", interval, *recalls,
-                median, f"{100 * row.chance_recall_at_1:.2f}", str(row.num_queries), str(row.num_candidates),
-            )  # fmt: skip
+                f"{row.query} -> {row.candidates}",
+                "sum" if row.score == "summed_cosine" else row.score,
+                _percent(row.recall_at_1),
+                f"{_percent(row.recall_at_1_low)}-{_percent(row.recall_at_1_high)}",
+                _percent(row.recall_at_5),
+                _percent(row.recall_at_10),
+                "-" if row.median_rank is None else f"{row.median_rank:g}",
+                f"{100 * row.chance_recall_at_1:.2f}",
+                str(row.num_queries),
+                str(row.num_candidates),
+            )
         return table
 
 
@@ -119,6 +132,10 @@ def bootstrap_interval(share: float, num_queries: int, seed: int = 0) -> tuple[f
     hits = torch.binomial(counts, torch.full_like(counts, share), generator=generator)
     low, high = (hits / num_queries).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def _percent(share: float) -> str:
+    return "100" if share == 1 else f"{100 * share:.1f}"
 
 
 def _names(side: str | Sequence[str]) -> frozenset[str]:
