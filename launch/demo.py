@@ -124,18 +124,11 @@ def demo(
 
 def make_data(stages: Stages, places: Places, clips: int, seed: int) -> None:
     """Corpus, shards, verification."""
-    arguments = ["demo-corpus", str(places.corpus), "--clips", str(clips), "--seed", str(seed)]
-    record = places.folder / "corpus.json"  # written when the corpus is whole
     what = "Procedural clips as real mp4 files: what is seen and what is heard vary independently; captions name both."
     with stages.stage("Corpus", what):
-        if record.is_file() and json.loads(record.read_text()) == arguments:
-            stages.say(f"{places.corpus} is there already")
-        else:
-            stages.command(arguments)
-            record.write_text(json.dumps(arguments))
-    with stages.stage(
-        "Shards", "Ray workers decode, check and pack the clips; what is broken is listed with a reason."
-    ):
+        stages.command(["demo-corpus", str(places.corpus), "--clips", str(clips), "--seed", str(seed)])
+    what = "Ray workers decode, check and pack the clips; what is broken is listed with a reason."
+    with stages.stage("Shards", what):
         manifest = f"manifest={places.corpus / 'manifest.jsonl'}"
         stages.command(["shard", str(CONFIGS / "shard.yaml"), manifest, f"out_dir={places.data}"])
     with stages.stage("Verification", "Every byte is read again; every row of the manifest is accounted for."):
