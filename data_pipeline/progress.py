@@ -14,10 +14,11 @@ PLAIN_EVERY_S = 5.0
 
 
 class JobProgress:
-    """Counts units done, their rate, the time left and the rejects by reason."""
+    """Counts units done, their rate, the time left and, where the job can reject, the rejects by reason."""
 
-    def __init__(self, name: str, unit: str, num_total: int) -> None:
+    def __init__(self, name: str, unit: str, num_total: int, *, can_reject: bool = False) -> None:
         self._name, self._unit, self._num_total = name, unit, num_total
+        self._can_reject = can_reject
         self._num_done, self._rejects = 0, Counter[str]()
         self._started_s = self._printed_s = time.monotonic()
         self._console = Console()
@@ -44,10 +45,10 @@ class JobProgress:
         elif self._num_done:
             self.say(f"{self._num_done}/{self._num_total} {self._unit}  {self._note()}")
 
-    def advance(self, num_done: int, rejects: Mapping[str, int]) -> None:
+    def advance(self, num_done: int, rejects: Mapping[str, int] | None = None) -> None:
         """`num_done` more units are done, and gave these rejects by reason."""
         self._num_done += num_done
-        self._rejects.update(rejects)
+        self._rejects.update(rejects or {})
         now_s = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self._num_done, note=self._note())
@@ -58,7 +59,8 @@ class JobProgress:
     def _note(self) -> str:
         rate = self._num_done / max(time.monotonic() - self._started_s, 1e-9)
         left_s = (self._num_total - self._num_done) / rate if rate else 0.0
-        return f"{rate:.1f}/s  ETA {left_s // 60:.0f}:{left_s % 60:02.0f}  rejects: {describe_rejects(self._rejects)}"
+        rejects = f"  rejects: {describe_rejects(self._rejects)}" if self._can_reject else ""
+        return f"{rate:.1f}/s  ETA {int(left_s) // 60}:{int(left_s) % 60:02d}{rejects}"
 
     def say(self, line: str) -> None:
         """Print a line (above the bar)."""

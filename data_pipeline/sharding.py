@@ -49,7 +49,7 @@ def shard_dataset(config: ShardConfig) -> ShardingResult:
         missing = [task for task in tasks if finished_record(folder, task) is None]
         num_missing = sum(len(task.rows) for task in missing)
         failures: dict[str, str] = {}
-        with JobProgress("shard", "rows", num_missing) as progress:
+        with JobProgress("shard", "rows", num_missing, can_reject=True) as progress:
             progress.say(
                 f"{len(manifest.rows)} rows in {config.manifest}: {len(tasks)} tasks, {len(tasks) - len(missing)} done"
             )

@@ -63,7 +63,7 @@ def verify_dataset(folder: Path | str) -> Report:
                 report.problems += [
                     f"{shard['path']}: {line}" for line in _shard_problems(folder, record, shard, report)
                 ]
-                progress.advance(1, {})
+                progress.advance(1)
     known = {shard["path"] for record in records for shard in record["shards"]}
     report.problems += [f"{p.name}: in no record" for p in sorted(folder.glob("shard-*.tar")) if p.name not in known]
     report.counts = {

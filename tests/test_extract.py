@@ -21,6 +21,7 @@ from data_pipeline.shards import Sample
 from tests.media import decode_pictures, write_clip, write_panning, write_wav
 
 FPS, SECONDS = 25, 4.0
+CONFIG = ShardConfig(manifest="m", out_dir="o")
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,15 @@ def test_an_audio_column_replaces_the_sound_track(folder: Path) -> None:
     (alone,) = samples(extract(folder, {"audio": "sound.wav", "end_s": 2.5}, audio={"channels": 2}))
     assert set(alone.members) == {"audio", "json"}
     assert alone.index["audio_duration_s"] == 2.5
+
+
+def test_paths_may_be_urls(folder: Path) -> None:
+    (by_url,) = samples(extract(folder, {"video": f"file://{folder}/v.mp4"}))
+    (by_base,) = samples(list(extract_row(ManifestRow(id="a", video="v.mp4"), f"file://{folder}", CONFIG)))
+    assert by_url == by_base == samples(extract(folder, {"video": "v.mp4"}))[0]
+    (gone,) = extract(folder, {"video": f"file://{folder}/gone.mp4"})
+    assert isinstance(gone, Rejection)
+    assert gone.reason is Reason.MISSING_FILE
 
 
 def test_an_image_is_a_picture(folder: Path) -> None:
