@@ -136,11 +136,14 @@ def _supervise(ranks: list[_Rank], events: Events, grace_s: float) -> int:
 def _tell(rank: _Rank, code: int, num_ranks: int) -> None:
     how = f"exited with code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
     others = "; the others are ended" if num_ranks > 1 else ""
-    where = rank.plan.log_path
     rank.drain()
-    print(f"rank {rank.plan.rank} of {num_ranks} {how}{others}; its last lines ({where}):", file=sys.stderr)
-    for line in rank.last_lines():
-        print(f"  rank {rank.plan.rank} | {line}", file=sys.stderr)
+    place = f"rank {rank.plan.rank} of {num_ranks} {how}{others}"
+    if rank.plan.rank == 0:
+        print(f"{place}; its last lines are above", file=sys.stderr)
+    else:
+        print(f"{place}; its last lines ({rank.plan.log_path}):", file=sys.stderr)
+        for line in rank.last_lines():
+            print(f"  rank {rank.plan.rank} | {line}", file=sys.stderr)
     sys.stderr.flush()
 
 
