@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,11 +77,18 @@ def _ray(config: RayConfig) -> Iterator[Any]:
             # Without a token in the environment, Ray would write one into the home folder and then demand it there.
             os.environ.setdefault(TOKEN, secrets.token_hex(32))
             num_cpus = config.num_cpus or len(os.sched_getaffinity(0))
-            ray.init(num_cpus=num_cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **common,
+            )
         else:
             try:
+                _knock(config.address)
                 ray.init(address=config.address, **common)
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 words = " ".join(str(error).split())[:200]
                 raise UserError(
                     f"ray.address {config.address}: no Ray cluster can be reached there: {words}"
@@ -90,3 +98,10 @@ def _ray(config: RayConfig) -> Iterator[Any]:
         ray.shutdown()
         for name, value in environment.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _knock(address: str) -> None:
+    """Raises OSError at once where nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "://" not in address:
+        socket.create_connection((host, int(port)), timeout=10).close()

@@ -193,6 +193,7 @@ def test_mistakes_are_one_line(corpus: Path, tmp_path: Path, uninterrupted: Path
     for out, override, words in (
         (tmp_path / "out", "video.crff=3", "video.crff: unknown key; did you mean 'crf'?"),
         (tmp_path / "out", "manifest=nowhere.jsonl", "manifest nowhere.jsonl: no such file or folder"),
+        (tmp_path / "out", "ray.address='127.0.0.1:9'", "ray.address 127.0.0.1:9: no Ray cluster can be reached there"),
         (uninterrupted, "video.crf=30", "was sharded with video.crf 12, the configuration says 30"),
     ):
         run = shard(corpus, out, override)
