@@ -110,6 +110,7 @@ def test_wrong_key_ends_the_demo_before_it_starts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_whole_demo_in_small_and_again(tmp_path: Path) -> None:
     small = [
         "--folder", str(tmp_path / "small demo"), "--clips", "60", "schedule.num_steps=12", "schedule.warmup_steps=2",
