@@ -18,16 +18,25 @@ class AudioTower(nn.Module):
     """Sound -> features [n, width]: the mean over all tokens of AST.
 
     AST has no attention mask: steps after the end of a sound hold a constant (see LogMel), as in its own training.
+    `window_s`: length of the longest sound.
+
+    Raises:
+        UserError: the encoder cannot be had, or does not fit the spectrogram.
     """
 
     def __init__(self, config: AudioTowerConfig, window_s: float) -> None:
         super().__init__()
+        _check_spectrogram(config, window_s)
         num_steps = steps_in(window_s, config.fft_s, config.hop_s, config.sample_rate_hz)
         if isinstance(config.encoder, TransformerConfig):
             self.encoder: Any = _ast(config.encoder, config.num_mels, num_steps)
         else:
-            self.encoder = transformers_model(config.encoder.removeprefix("hf:"), config.pretrained)
+            self.encoder = transformers_model(
+                config.encoder.removeprefix("hf:"), config.pretrained, "towers.audio.encoder"
+            )
             num_steps = _check_fits(self.encoder.config, config, num_steps)
+            if not config.pretrained:
+                _draw_positions(self.encoder)
         self.width = int(self.encoder.config.hidden_size)
         self.log_mel = LogMel(config.sample_rate_hz, config.num_mels, config.fft_s, config.hop_s, num_steps)
 
@@ -36,7 +45,15 @@ class AudioTower(nn.Module):
     ) -> Float[Tensor, "clips features"]:
         """int16 mono sound and the valid length of each row."""
         tokens: Tensor = self.encoder(self.log_mel(waveform, num_samples)).last_hidden_state
-        return tokens.mean(dim=1)
+        return tokens.float().mean(dim=1)
+
+
+def _check_spectrogram(config: AudioTowerConfig, window_s: float) -> None:
+    """Refuse lengths that leave no samples in a step, or no step in the window."""
+    if min(config.hop_s, config.fft_s) * config.sample_rate_hz < 1:
+        raise UserError(f"towers.audio.hop_s {config.hop_s}, fft_s {config.fft_s}: expected at least one sample each")
+    if window_s < config.fft_s:
+        raise UserError(f"towers.audio.fft_s {config.fft_s}: expected at most data.window_s, {window_s}")
 
 
 def _check_fits(published: object, config: AudioTowerConfig, num_steps: int) -> int:
@@ -64,6 +81,11 @@ def _ast(config: TransformerConfig, num_mels: int, num_steps: int) -> nn.Module:
             f"towers.audio.encoder.patch_px {config.patch_px}: expected at most the {num_mels} bands and "
             f"{num_steps} steps of the spectrogram"
         )
+    if num_mels % config.patch_px:
+        raise UserError(
+            f"towers.audio.num_mels {num_mels}: expected a multiple of encoder.patch_px {config.patch_px}; the highest "
+            f"{num_mels % config.patch_px} bands would never be heard"
+        )
     allow_torchvision()
     from transformers import ASTConfig, ASTModel
 
@@ -83,4 +105,14 @@ def _ast(config: TransformerConfig, num_mels: int, num_steps: int) -> nn.Module:
         )
     )
     assert isinstance(model, nn.Module)
+    _draw_positions(model)
     return model
+
+
+def _draw_positions(model: Any) -> None:
+    """Random tokens and positions, as the authors' code draws them (YuanGongND/ast: trunc_normal_, std 0.02).
+
+    transformers leaves them at zero; its two class tokens would then stay equal for ever.
+    """
+    for name in ("cls_token", "distillation_token", "position_embeddings"):
+        nn.init.trunc_normal_(getattr(model.embeddings, name), std=0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,39 +21,48 @@ from pretrain.towers.text import TextTower
 from pretrain.towers.video import VideoTower
 
 Around = Callable[[str], AbstractContextManager[None]]
+# Parts of names: ViT and AST, BERT, CLIP and our own pooling, Swin.
+NOT_DECAYED = (
+    "_token", "pos_embed", "position_embedding", "token_type_embeddings", "time_embedding", "relative_position",
+)  # fmt: skip
 
 
 class Tower(nn.Module):
     """An encoder of one modality with its projection: inputs -> fp32 unit rows [n, D].
 
     A sample that lacks the modality gets constant inputs, so that every parameter takes part in every call and nothing
-    behind its mask has an effect. A frozen encoder stays in evaluation mode.
+    behind its mask has an effect. A frozen encoder (`encoder.encoder`; pooling over time is ours and is trained) stays
+    in evaluation mode.
 
     Raises:
         UserError: the encoder has batch normalisation and is not frozen.
     """
 
-    def __init__(self, name: str, encoder: nn.Module, width: int, config: TowerConfig, run: RunConfig) -> None:
+    encoder: VideoTower | AudioTower | TextTower
+
+    def __init__(
+        self, name: str, encoder: VideoTower | AudioTower | TextTower, config: TowerConfig, run: RunConfig
+    ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.projection = Projection(width, run.embedding_dim)
+        self.projection = Projection(encoder.width, run.embedding_dim)
         self.frozen = config.freeze
         self.autocast = run.train.precision == "bf16"
         if config.freeze:
-            encoder.requires_grad_(False).eval()
+            encoder.encoder.requires_grad_(False).eval()
         else:
-            _refuse_batch_norm(name, encoder)
+            _refuse_batch_norm(name, encoder.encoder)
 
     def train(self, mode: bool = True) -> Tower:
         """Switch training mode; a frozen encoder keeps evaluation mode."""
         super().train(mode)
         if self.frozen:
-            self.encoder.eval()
+            self.encoder.encoder.eval()
         return self
 
     def forward(self, inputs: dict[str, Tensor], present: Tensor) -> Tensor:
         """inputs as in `Batch.inputs[modality]`, present [n] -> [n, D]"""
-        known = {name: _constant_where_absent(name, tensor, present) for name, tensor in inputs.items()}
+        known = {name: _constant_where_absent(tensor, present) for name, tensor in inputs.items()}
         with torch.autocast(present.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             features = self.encoder(**known)
         embeddings: Tensor = self.projection(features)
@@ -84,7 +94,7 @@ def build_tower(name: str, config: RunConfig) -> Tower:
     Raises:
         UserError: the encoder or its weights cannot be had, or do not fit.
     """
-    encoder: nn.Module
+    encoder: VideoTower | AudioTower | TextTower
     if name == "video":
         assert config.towers.video is not None
         encoder = VideoTower(config.towers.video)
@@ -96,21 +106,15 @@ def build_tower(name: str, config: RunConfig) -> Tower:
         tokenizer = Tokenizer(config.towers.text.tokenizer, config.towers.text.max_tokens)
         encoder = TextTower(config.towers.text, tokenizer.vocab_size)
     own: TowerConfig = getattr(config.towers, name)
-    tower = Tower(name, encoder, int(encoder.width), own, config)
-    if isinstance(own.encoder, str) and not own.freeze:
+    tower = Tower(name, encoder, own, config)
+    if isinstance(own.encoder, str):
         _freeze_unused(name, tower, config)
     return tower
 
 
-def _constant_where_absent(name: str, tensor: Tensor, present: Tensor) -> Tensor:
-    """Zeros for absent rows; of a mask the first entry stays true, so that no softmax runs over nothing."""
-    shape = (-1, *[1] * (tensor.ndim - 1))
-    if tensor.dtype != torch.bool:
-        return torch.where(present.view(shape), tensor, torch.zeros_like(tensor))
-    first = torch.zeros_like(tensor)
-    first[:, 0] = True
-    usable = present & tensor.any(dim=1)
-    return torch.where(usable.view(shape), tensor, first)
+def _constant_where_absent(tensor: Tensor, present: Tensor) -> Tensor:
+    """Zeros in absent rows: black, silence, no token."""
+    return torch.where(present.view(-1, *[1] * (tensor.ndim - 1)), tensor, torch.zeros_like(tensor))
 
 
 def _refuse_batch_norm(name: str, encoder: nn.Module) -> None:
@@ -141,8 +145,18 @@ def example_inputs(name: str, config: RunConfig) -> dict[str, Tensor]:
 
 
 def _freeze_unused(name: str, tower: Tower, config: RunConfig) -> None:
-    """Published models carry parameters our use of them never reaches (poolers, mask tokens): not to be trained."""
-    tower(example_inputs(name, config), torch.ones(1, dtype=torch.bool)).sum().backward()
+    """Published models carry parameters our use of them never reaches (poolers, mask tokens): not to be trained.
+
+    Raises:
+        UserError: the model cannot be called as the encoder of this modality.
+    """
+    try:
+        tower(example_inputs(name, config), torch.ones(1, dtype=torch.bool)).sum().backward()
+    except Exception as error:  # any architecture's own way to say no
+        raise UserError(
+            f"towers.{name}.encoder {getattr(config.towers, name).encoder}: cannot encode {name} of this config "
+            f"({textwrap.shorten(str(error), 200) or type(error).__name__}); expected a model of {name} alone"
+        ) from error
     unused = [place for place, p in tower.named_parameters() if p.requires_grad and p.grad is None]
     for place in unused:
         tower.get_parameter(place).requires_grad_(False)
@@ -152,16 +166,16 @@ def _freeze_unused(name: str, tower: Tower, config: RunConfig) -> None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups over the trainable parameters, each once, in the model's order.
+    """AdamW groups over the trainable parameters, each once, in the model's order: decayed, then not decayed.
 
-    Not decayed: vectors and scalars (norms, biases, temperatures), tokens and embeddings of position and time.
+    Not decayed: vectors and scalars (norms, biases, temperatures), learned tokens, embeddings of position, time and
+    segment.
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim > 1 and not name.endswith(("_token", "_embedding", "_embeddings", "pos_embed"))
-            is_position = "position_embeddings" in name or "token_type_embeddings" in name
-            (decayed if matrix and not is_position else kept).append(parameter)
+            keep = parameter.ndim < 2 or any(part in name for part in NOT_DECAYED)
+            (kept if keep else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from jaxtyping import Float, Int16, Int64
 from torch import Tensor, nn
@@ -13,7 +15,12 @@ PREEMPHASIS, MIN_HZ, FLOOR, FULL_SCALE = 0.97, 20.0, 1.192092955078125e-07, 3276
 
 
 class LogMel(nn.Module):
-    """int16 mono waveform [n, samples] -> normalised log-mel energies [n, num_steps, num_mels], float32."""
+    """int16 mono waveform [n, samples] -> normalised log-mel energies [n, num_steps, num_mels], float32.
+
+    Steps: no padding at the edges; mean removed, pre-emphasis, symmetric Hann window, power spectrum, triangles on
+    Kaldi's mel scale (HTK's, 1127 ln(1 + f/700); triangular in mel) from 20 Hz to half the sample rate, natural log.
+    One normalisation for all encoders, published or not: about zero mean and a deviation of 0.5 on AudioSet.
+    """
 
     filters: Tensor
     window: Tensor
@@ -26,16 +33,19 @@ class LogMel(nn.Module):
         self.hop = round(hop_s * sample_rate_hz)
         self.num_steps = num_steps
         self.fft = 1 << (self.frame - 1).bit_length()
-        filters = mel_filter_bank(
-            num_frequency_bins=self.fft // 2 + 1,
-            num_mel_filters=num_mels,
-            min_frequency=MIN_HZ,
-            max_frequency=sample_rate_hz / 2,
-            sampling_rate=sample_rate_hz,
-            norm=None,
-            mel_scale="kaldi",
-            triangularize_in_mel_space=True,
-        )
+        with warnings.catch_warnings():
+            # AST's own 128 bands leave one without a frequency; such a band is constant and does no harm.
+            warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
+            filters = mel_filter_bank(
+                num_frequency_bins=self.fft // 2 + 1,
+                num_mel_filters=num_mels,
+                min_frequency=MIN_HZ,
+                max_frequency=sample_rate_hz / 2,
+                sampling_rate=sample_rate_hz,
+                norm=None,
+                mel_scale="kaldi",
+                triangularize_in_mel_space=True,
+            )
         self.register_buffer("filters", torch.tensor(filters, dtype=torch.float32), persistent=False)
         self.register_buffer("window", torch.hann_window(self.frame, periodic=False), persistent=False)
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from data_pipeline.settings import UserError
 from pretrain.config import TextTowerConfig, TransformerConfig
+from pretrain.towers.masks import at_least_one, masked_mean
 from pretrain.towers.published import transformers_model
 from pretrain.towers.torchvision_ops import allow_torchvision
-from pretrain.towers.video import masked_mean
 
 
 class TextTower(nn.Module):
@@ -26,15 +26,18 @@ class TextTower(nn.Module):
         if isinstance(config.encoder, TransformerConfig):
             self.encoder: Any = _bert(config.encoder, config.max_tokens, vocab_size)
         else:
-            self.encoder = transformers_model(config.encoder.removeprefix("hf:"), config.pretrained)
+            self.encoder = transformers_model(
+                config.encoder.removeprefix("hf:"), config.pretrained, "towers.text.encoder"
+            )
             _check_fits(self.encoder.config, config, vocab_size)
         self.width = int(self.encoder.config.hidden_size)
 
     def forward(
         self, token_ids: Int64[Tensor, "texts tokens"], token_mask: Bool[Tensor, "texts tokens"]
     ) -> Float[Tensor, "texts features"]:
-        """Token ids and which of them count; every row needs one that counts."""
+        """Token ids and which of them count; a row where none does gives the features of the token 0."""
         token_ids = token_ids.masked_fill(~token_mask, 0)
+        token_mask = at_least_one(token_mask)
         output = self.encoder(input_ids=token_ids, attention_mask=token_mask.long()).last_hidden_state
         return masked_mean(output, token_mask)
 

@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from data_pipeline.settings import UserError
 from pretrain.config import TransformerConfig, VideoTowerConfig
+from pretrain.towers.masks import at_least_one, masked_mean
 from pretrain.towers.published import timm_model
 from pretrain.towers.torchvision_ops import allow_torchvision
 
@@ -16,7 +18,13 @@ HALF = (0.5, 0.5, 0.5)
 
 
 class VideoTower(nn.Module):
-    """Frames -> features [n, width]. Frames behind a false mask change nothing."""
+    """Frames -> features [n, width]. Frames behind a false mask change nothing.
+
+    `encoder` sees each frame alone; `over_time`, if any, sees them all and is always trained.
+
+    Raises:
+        UserError: the encoder cannot be had, or does not fit the size of the pictures.
+    """
 
     mean: Tensor
     std: Tensor
@@ -27,8 +35,10 @@ class VideoTower(nn.Module):
             self.encoder: Any = _vit(config.encoder, config.size_px)
             self.width, mean, std = config.encoder.width, HALF, HALF
         else:
-            self.encoder = timm_model(config.encoder.removeprefix("timm:"), config.pretrained, config.size_px)
-            self.width = int(self.encoder.num_features)
+            self.encoder = timm_model(
+                config.encoder.removeprefix("timm:"), config.pretrained, config.size_px, "towers.video.encoder"
+            )
+            self.width = int(getattr(self.encoder, "head_hidden_size", None) or self.encoder.num_features)
             mean, std = (self.encoder.pretrained_cfg.get(key, HALF) for key in ("mean", "std"))
         self.register_buffer("mean", torch.tensor(mean) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std) * 255, persistent=False)
@@ -37,17 +47,18 @@ class VideoTower(nn.Module):
     def forward(
         self, frames: UInt8[Tensor, "samples time height width 3"], frame_mask: Bool[Tensor, "samples time"]
     ) -> Float[Tensor, "samples features"]:
-        """uint8 RGB frames and which of them count; every row needs one that counts."""
+        """uint8 RGB frames and which of them count; a row where none does gives the features of black frames."""
         pictures = torch.where(frame_mask[:, :, None, None, None], frames, torch.zeros_like(frames))
         pictures = ((pictures.flatten(0, 1).float() - self.mean) / self.std).permute(0, 3, 1, 2)
         features = self.encoder(pictures.contiguous()).unflatten(0, frames.shape[:2])
+        frame_mask = at_least_one(frame_mask)
         if self.over_time is not None:
             features = self.over_time(features, frame_mask)
         return masked_mean(features, frame_mask)
 
 
 class _OverTime(nn.Module):
-    """One transformer layer over frames that know their place; masked frames are not attended to."""
+    """One pre-norm transformer layer over frames that know their place; masked frames are not attended to."""
 
     def __init__(self, width: int, num_frames: int) -> None:
         super().__init__()
@@ -65,15 +76,9 @@ class _OverTime(nn.Module):
         return output
 
 
-def masked_mean(
-    values: Float[Tensor, "samples steps features"], mask: Bool[Tensor, "samples steps"]
-) -> Float[Tensor, "samples features"]:
-    """Mean over the steps that count."""
-    kept = torch.where(mask[:, :, None], values, torch.zeros_like(values))
-    return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1)
-
-
 def _vit(config: TransformerConfig, size_px: int) -> nn.Module:
+    if size_px % config.patch_px:
+        raise UserError(f"towers.video.size_px {size_px}: expected a multiple of encoder.patch_px {config.patch_px}")
     allow_torchvision()
     from timm.models.vision_transformer import VisionTransformer
 
