@@ -116,7 +116,10 @@ def _cache_then_hub(repository: str, load: Callable[[bool], Loaded]) -> Loaded:
     try:
         return load(True)
     except Exception:  # not in the cache, or not whole; what the hub says then is what is reported
-        HfApi().model_info(repository, timeout=HUB_TIMEOUT_S)
+        try:
+            HfApi().model_info(repository, timeout=HUB_TIMEOUT_S)
+        except Exception as error:
+            raise OSError(f"not in the cache, and the hub gives: {error}") from error
         return load(False)
 
 
@@ -131,8 +134,8 @@ def _cannot_be_had(encoder: str, pretrained: bool, error: Exception) -> str:
             "the cache or on the Hugging Face hub"
         )
     return (
-        f"{encoder}: its published weights cannot be had ({_why(error)}); expected safetensors in a folder, in the "
-        "cache or on the Hugging Face hub; or pretrained: false for random weights"
+        f"{encoder}: its published weights cannot be had ({_why(error)}); expected safetensors "
+        f"{'in a folder, ' if ' hf:' in encoder else ''}in the cache or on the Hugging Face hub; or pretrained: false for random weights"
     )
 
 
