@@ -31,10 +31,10 @@ def timm_model(name: str, pretrained: bool, size_px: int, place: str) -> nn.Modu
     import timm
     from timm.models import get_pretrained_cfg
 
-    architecture, _, tag = name.partition(".")
+    architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         raise UserError(f"{place} timm:{name}: no such model; {_closest(architecture, timm.list_models())}")
-    if tag and not timm.models.is_model_pretrained(name):
+    if "." in name and not timm.models.is_model_pretrained(name):
         tagged = timm.list_models(f"{architecture}.*", pretrained=True)
         raise UserError(f"{place} timm:{name}: no such published weights; {_closest(name, tagged)}")
     published = get_pretrained_cfg(name)
@@ -128,14 +128,13 @@ def _why(error: Exception) -> str:
 
 
 def _cannot_be_had(encoder: str, pretrained: bool, error: Exception) -> str:
+    hub = "in the cache or on the Hugging Face hub"
     if not pretrained:
-        return (
-            f"{encoder}: its config cannot be had ({_why(error)}); expected a folder with config.json, or a name in "
-            "the cache or on the Hugging Face hub"
-        )
+        return f"{encoder}: its config cannot be had ({_why(error)}); expected a folder with config.json, or one {hub}"
+    folder = "" if " timm:" in encoder else "in a folder, "
     return (
-        f"{encoder}: its published weights cannot be had ({_why(error)}); expected safetensors "
-        f"{'in a folder, ' if ' hf:' in encoder else ''}in the cache or on the Hugging Face hub; or pretrained: false for random weights"
+        f"{encoder}: its published weights cannot be had ({_why(error)}); expected safetensors {folder}{hub}; or "
+        "pretrained: false for random weights"
     )
 
 

@@ -38,6 +38,8 @@ class VideoTower(nn.Module):
             self.encoder = timm_model(
                 config.encoder.removeprefix("timm:"), config.pretrained, config.size_px, "towers.video.encoder"
             )
+            patches = getattr(self.encoder, "patch_embed", None)
+            _check_patches(config.size_px, getattr(patches, "patch_size", (1, 1))[0])
             self.width = int(getattr(self.encoder, "head_hidden_size", None) or self.encoder.num_features)
             mean, std = (self.encoder.pretrained_cfg.get(key, HALF) for key in ("mean", "std"))
         self.register_buffer("mean", torch.tensor(mean) * 255, persistent=False)
@@ -76,9 +78,14 @@ class _OverTime(nn.Module):
         return output
 
 
+def _check_patches(size_px: int, patch_px: int) -> None:
+    """Refuse a size whose border would be in no patch."""
+    if size_px % patch_px:
+        raise UserError(f"towers.video.size_px {size_px}: expected a multiple of the encoder's patches, {patch_px}")
+
+
 def _vit(config: TransformerConfig, size_px: int) -> nn.Module:
-    if size_px % config.patch_px:
-        raise UserError(f"towers.video.size_px {size_px}: expected a multiple of encoder.patch_px {config.patch_px}")
+    _check_patches(size_px, config.patch_px)
     allow_torchvision()
     from timm.models.vision_transformer import VisionTransformer
 
