@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.settings import UserError, load_settings, nearest
-from data_pipeline.shards import read_dataset_json
+from data_pipeline.settings import load_settings
 from launch.local import run, this_machine
 from launch.plan import EXIT_RUN_AGAIN, local_plan, render, train_argv
 from pretrain.config import RunConfig
+from pretrain.preflight import check_run
 
 
 def local(
@@ -41,16 +41,3 @@ def local(
     if code == EXIT_RUN_AGAIN:
         print("stopped with a checkpoint; the same command continues the run", file=sys.stderr)
     raise typer.Exit(code)
-
-
-def check_run(config: RunConfig, ranks: int) -> None:
-    """Refuse what cannot run before a process is started.
-
-    Raises:
-        UserError: no such data or split, or ranks that do not divide the global batch.
-    """
-    if config.train.global_batch % ranks:
-        raise UserError(f"train.global_batch {config.train.global_batch} is not divisible by {ranks} ranks")
-    for place, part in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-        if part is not None and part.split not in (splits := read_dataset_json(part.path)["splits"]):
-            raise UserError(f"{place}: dataset {part.path} has no split '{part.split}'; {nearest(part.split, splits)}")

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from data_pipeline.settings import UserError, load_settings, nearest
-from data_pipeline.shards import read_dataset_json, write_json
+from data_pipeline.shards import write_json
 from pretrain.config import RunConfig
+from pretrain.preflight import check_run
 
 
 def pretrain(
@@ -24,10 +25,10 @@ def pretrain(
     75 stopped on a signal with a checkpoint (run it again), 2 a mistake, said in one line.
     """
     settings = load_settings(RunConfig, config, overrides or [])
-    check_before_torch(settings, int(os.environ.get("WORLD_SIZE") or 1))
+    check_run(settings, int(os.environ.get("WORLD_SIZE") or 1))
     from pretrain.ranks import join_ranks, leave_ranks, num_ranks
 
-    check_before_torch(settings, num_ranks())
+    check_run(settings, num_ranks())
     world = join_ranks(settings.train.threads)
     from pretrain.trainer import Trainer
 
@@ -36,22 +37,6 @@ def pretrain(
     finally:
         leave_ranks()
     raise typer.Exit(code)
-
-
-def check_before_torch(config: RunConfig, ranks: int) -> None:
-    """Refuse what cannot run: data that is not there, ranks that do not divide the global batch.
-
-    Raises:
-        UserError: one line.
-    """
-    for place, part in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-        if part is None:
-            continue
-        splits = read_dataset_json(part.path)["splits"]
-        if part.split not in splits:
-            raise UserError(f"{place}: dataset {part.path} has no split '{part.split}'; {nearest(part.split, splits)}")
-    if config.train.global_batch % ranks:
-        raise UserError(f"train.global_batch {config.train.global_batch} is not divisible by {ranks} ranks")
 
 
 def evaluate(

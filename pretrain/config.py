@@ -20,7 +20,7 @@ class SplitConfig(Settings):
 class AugmentConfig(Settings):
     """Random changes of training samples, drawn from (seed, epoch, sample). Evaluation never augments."""
 
-    crop_scale: tuple[float, float] = (0.8, 1.0)  # share of the picture's area that is kept
+    crop_scale: tuple[float, float] = (0.8, 1.0)  # share of the largest square of the picture that is kept
     flip: bool = False  # mirrors the picture; off because captions may say left and right
     brightness: float = Field(0.1, ge=0, le=1)  # factor drawn from [1 - b, 1 + b]
     gain_db: float = Field(6.0, ge=0)  # gain of the sound drawn from [-g, g]

@@ -8,8 +8,8 @@ and other defaults move between releases, so every one that changes numbers is w
 
 from __future__ import annotations
 
+import io
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -69,7 +69,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: RunConfig, world: World) -> None:
-        with redirect_stdout(sys.stderr):  # DeepSpeed prints while it imports and builds
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints that it has built its collectives
             import deepspeed
 
             optimizer = torch.optim.AdamW(

@@ -152,6 +152,9 @@ class Trainer:
         trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.engine.trainable())
         for note in self.notes:
             log.say(note)
+        if self.progress.step >= config.schedule.num_steps:
+            log.say(f"finished at step {self.progress.step}: nothing left to do")
+            return
         log.say(
             f"{world.size} ranks x {local_batch} samples = global batch {config.train.global_batch}, "
             f"{math.ceil(local_batch / config.train.chunk)} gradient-cache chunks a step, "

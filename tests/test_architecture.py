@@ -14,9 +14,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_pipeline", "pretrain", "launch")
 HEAVY = ("torch", "torchvision", "deepspeed", "transformers", "timm", "accelerate")
-LAUNCH_MAY_IMPORT = {"pretrain.config", "data_pipeline.config", "data_pipeline.settings", "data_pipeline.shards"}
+LAUNCH_MAY_IMPORT = {
+    "pretrain.config",
+    "pretrain.preflight",
+    "data_pipeline.config",
+    "data_pipeline.settings",
+    "data_pipeline.shards",
+}
 PRETRAIN_MAY_IMPORT = {"data_pipeline.shards", "data_pipeline.settings", "data_pipeline.decode"}
-TORCH_FREE = {"main", "config", "objective_config", "command", "signals"}  # of pretrain, at import
+TORCH_FREE = {"main", "config", "objective_config", "command", "preflight", "signals"}  # of pretrain, at import
 
 
 def sources(package: str) -> list[Path]:

@@ -2,7 +2,8 @@
 
 Rows are anchors, columns are the other modalities of a sample, moving together. Orthonormal Q_j and d_j, the product of
 the residual norms, come from Gram-Schmidt on the non-anchor vectors of column j; V_ij = d_j * dist(a_i, span Q_j).
-The official code takes sqrt(|det|) of a Gram matrix, whose gradient is NaN at V = 0; here the gradient with respect to a vector is at most the volume of the others, and 0 where V = 0.
+The official code takes sqrt(|det|) of a Gram matrix, whose gradient is NaN at V = 0; here the gradient with respect to
+a vector is at most the volume of the others, and 0 where V = 0.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How tokenizer.json was made: `python -m pretrain.towers.train_tokenizer OUT.json TEXT...`
 
 A byte-level BPE of 8192 tokens over lower-cased text: any Unicode string has ids, none is unknown. The shipped file was
-trained on captions of procedural and everyday scenes, an English word list (SCOWL) and docstrings of the Python standard library.
+trained on captions of procedural and everyday scenes, an English word list (SCOWL) and docstrings of the Python
+standard library.
 Training again may give other ids for the same text, so the file is shipped and this script is not part of any run.
 """
 

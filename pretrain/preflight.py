@@ -1,0 +1,32 @@
+"""What can be checked of a run before torch is imported and a process is started."""
+
+from __future__ import annotations
+
+from data_pipeline.settings import UserError, nearest
+from data_pipeline.shards import read_dataset_json
+from pretrain.config import RunConfig
+
+
+def check_run(config: RunConfig, ranks: int) -> None:
+    """Refuse what cannot run: data that is not there, ranks that do not divide the global batch.
+
+    Raises:
+        UserError: one line: what was found, what was expected.
+    """
+    for place, part in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        if part is None:
+            continue
+        splits: dict[str, int] = read_dataset_json(part.path)["splits"]
+        place = f"{place}: dataset {part.path}"
+        if part.split not in splits:
+            raise UserError(f"{place} has no split '{part.split}'; {nearest(part.split, splits)}")
+        needed = 1 if part is config.data.train else ranks
+        if splits[part.split] < needed:
+            found = f"{place} has {splits[part.split]} samples in split '{part.split}'"
+            raise UserError(f"{found}; expected at least {needed}")
+    if config.train.global_batch % ranks:
+        divisors = [str(n) for n in range(1, config.train.global_batch + 1) if config.train.global_batch % n == 0]
+        raise UserError(
+            f"train.global_batch {config.train.global_batch} is not divisible by {ranks} ranks; "
+            f"expected one of {', '.join(divisors[:16])}{' ...' if len(divisors) > 16 else ''} ranks"
+        )
