@@ -64,3 +64,11 @@ def test_a_tokenizer_that_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch:
             Tokenizer(f"hf:{location}", 6)
         assert "\n" not in str(caught.value)
         assert location in str(caught.value)
+
+
+def test_the_shipped_tokenizer_gives_the_ids_it_was_shipped_with() -> None:
+    tokenizer = Tokenizer("default", 16)
+    ids, mask = tokenizer.encode("A crimson triangle slides to the left, Ünïcode 漢")
+    assert tokenizer.vocab_size == 8192
+    assert ids.tolist() == [1, 260, 1036, 943, 683, 308, 274, 644, 15, 224, 131, 124, 81, 131, 111, 2]
+    assert mask.all()

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.demo_corpus.corpus import Clip, plan, write_clip
+from data_pipeline.progress import JobProgress
 from data_pipeline.settings import UserError
 from data_pipeline.shards import write_json
 
@@ -35,8 +36,6 @@ def write_corpus(folder: Path, num_clips: int, seed: int, workers: int, splits: 
     Raises:
         UserError: the folder holds a corpus of another size or seed.
     """
-    from rich.progress import track
-
     wanted = {"clips": num_clips, "seed": seed}
     note = folder / "corpus.json"
     if note.is_file() and (found := json.loads(note.read_text())) != wanted:
@@ -50,8 +49,9 @@ def write_corpus(folder: Path, num_clips: int, seed: int, workers: int, splits: 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         jobs = [pool.submit(_write_batch, folder, batch, seed) for batch in batches]
-        for job in track(as_completed(jobs), "drawing clips", total=len(jobs)):
-            job.result()
+        with JobProgress("demo-corpus", "clips", len(clips)) as progress:
+            for job in as_completed(jobs):
+                progress.advance(job.result())
     write_json(folder / "broken.json", {clip.id: clip.breakage for clip in clips if clip.breakage is not None})
     manifest = folder / "manifest.jsonl"
     partial = manifest.with_name(".manifest.jsonl.partial")
@@ -60,6 +60,7 @@ def write_corpus(folder: Path, num_clips: int, seed: int, workers: int, splits: 
     print(f"{len(clips)} clips in {folder}; manifest {manifest}")
 
 
-def _write_batch(folder: Path, clips: list[Clip], seed: int) -> None:
+def _write_batch(folder: Path, clips: list[Clip], seed: int) -> int:
     for clip in clips:
         write_clip(folder, clip, seed)
+    return len(clips)

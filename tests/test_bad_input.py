@@ -1,0 +1,94 @@
+"""What a person gets wrong: the real command, one line on what was found and expected, exit code 2, no training."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.test_resume import write_config
+
+
+def parallelotope(*arguments: str) -> tuple[int, str]:
+    """Exit code and everything said; no hub can be reached."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain.main", *arguments],
+        capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def change(config: Path, path: str, value: Any) -> None:
+    """Set a dotted key of a YAML file."""
+    content = yaml.safe_load(config.read_text())
+    *parents, last = path.split(".")
+    place = content
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    config.write_text(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("optimizer", {"learning_rate": 1}, "optimizer.learning_rate: unknown key"),
+        ("train.zero_stge", 2, "did you mean 'zero_stage'?"),
+        ("train.global_batch", "many", "train.global_batch: Input should be a valid integer"),
+        ("train.zero_stage", 4, "found 4"),
+        ("embedding_dim", 2, "embedding_dim 2 is smaller than the number of modalities 3"),
+        ("data.train.path", "nowhere", "dataset nowhere: no such folder"),
+        ("data.train.split", "trian", "did you mean 'train'?"),
+        ("objective", [{"name": "grammar"}], "'gram', 'infonce'"),
+        ("objective", [{"name": "gram", "anchor": "txt"}], "did you mean 'text'?"),
+        ("towers.video.encoder", "timm:vit_tiny_patch16_224", "its published weights cannot be had"),
+        ("towers.video.encoder", "timm:vit_tinny_patch16_224", "no such model"),
+        ("towers.text.encoder", "hf:./nowhere", "no such folder"),
+        ("towers.video", {"encoder": "timm:resnet18", "pretrained": False, "size_px": 32}, "BatchNorm"),
+        ("init_from", "nowhere", "no checkpoint found"),
+    ],
+)
+def test_mistakes_in_a_training_config(tmp_path: Path, small_dataset: Path, key: str, value: Any, said: str) -> None:
+    config = write_config(tmp_path / "config.yaml", small_dataset, tmp_path / "run")
+    change(config, key, value)
+    code, output = parallelotope("pretrain", str(config))
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 2, output
+    assert len(lines) == 1, output
+    assert said in lines[0]
+    assert "Traceback" not in output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_ranks_that_do_not_divide_the_global_batch(tmp_path: Path, small_dataset: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", small_dataset, tmp_path / "run")
+    code, output = parallelotope("launch", "local", str(config), "--ranks", "4")
+    assert code == 2
+    expected = "train.global_batch 6 is not divisible by 4 ranks; expected one of 1, 2, 3, 6 ranks"
+    assert output.splitlines() == [f"error: {expected}"]
+
+
+def test_dataset_of_another_schema_version(tmp_path: Path, small_dataset: Path) -> None:
+    shutil.copytree(small_dataset, tmp_path / "data")
+    description = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps({**description, "schema_version": 99}))
+    config = write_config(tmp_path / "config.yaml", tmp_path / "data", tmp_path / "run")
+    code, output = parallelotope("pretrain", str(config))
+    assert code == 2
+    assert "schema version 99 found, 1 expected" in output
+    assert len(output.splitlines()) == 1
+
+
+def test_unknown_command_and_missing_run() -> None:
+    code, output = parallelotope("evaluate", "nowhere", "--data", "nowhere")
+    assert (code, output) == (2, "error: run nowhere: no such folder; expected a run_dir of 'parallelotope pretrain'\n")
+    code, output = parallelotope("pretrian")
+    assert code == 2
+    assert "Did you mean 'pretrain'?" in output
