@@ -58,6 +58,22 @@ def test_what_is_not_masked_has_an_effect() -> None:
         assert torch.equal(moved, PRESENT[name])
 
 
+def test_masked_steps_are_as_if_they_were_not_there() -> None:
+    inputs, here = draw_inputs(4), torch.ones(4, dtype=torch.bool)
+    texts = {**inputs["text"], "token_mask": (torch.arange(10) < 6).expand(4, 10)}
+    text = build_towers(run_config()).towers["text"]
+    shorter = {name: tensor[:, :6] for name, tensor in texts.items()}
+    torch.testing.assert_close(text(texts, here), text(shorter, here), rtol=0, atol=1e-6)
+    pictures = {**inputs["video"], "frame_mask": torch.tensor([[True, True, False]]).expand(4, 3)}
+    for pooling in ("mean", "transformer"):
+        video = build_towers(run_config(video={"pooling": pooling})).towers["video"]
+        whole = video(pictures, here)
+        if pooling == "transformer":
+            video.encoder.over_time.time_embedding = nn.Parameter(video.encoder.over_time.time_embedding[:, :2])
+        kept = {name: tensor[:, :2] for name, tensor in pictures.items()}
+        torch.testing.assert_close(whole, video(kept, here), rtol=0, atol=1e-6)
+
+
 def test_the_order_of_frames_matters_to_the_transformer_and_not_to_the_mean() -> None:
     inputs = draw_inputs(2)["video"] | {"frame_mask": torch.ones(2, 3, dtype=torch.bool)}
     backwards = {**inputs, "frames": inputs["frames"].flip(1)}
@@ -77,8 +93,10 @@ def test_rows_without_any_content_are_finite_and_change_no_other_row(pooling: st
     empty["audio"]["num_samples"][1] = 0
     empty["text"]["token_mask"][1] = False
     embeddings = towers(empty, all_present(3))
+    garbage = towers(hide_garbage(empty, all_present(3)), all_present(3))
     backward(towers, embeddings)
     for name in NAMES:
+        assert torch.equal(embeddings[name], garbage[name])
         torch.testing.assert_close(embeddings[name].norm(dim=1), torch.ones(3))
         torch.testing.assert_close(
             embeddings[name][[0, 2]], towers(full, all_present(3))[name][[0, 2]], rtol=0, atol=1e-6

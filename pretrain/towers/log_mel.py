@@ -57,7 +57,8 @@ class LogMel(nn.Module):
             needed = (self.num_steps - 1) * self.hop + self.frame
             sound = nn.functional.pad(waveform.float() / FULL_SCALE, (0, max(0, needed - waveform.shape[1])))
             frames = self._framed(sound[:, :needed])
-            power = torch.view_as_real(torch.fft.rfft(frames, n=self.fft)).square().sum(dim=-1)
+            spectrum = torch.fft.rfft(frames, n=self.fft)
+            power = spectrum.real.square() + spectrum.imag.square()  # several times faster than a sum over pairs
             energies = (power @ self.filters).clamp_min(FLOOR).log()
             ends = torch.arange(self.num_steps, device=waveform.device) * self.hop + self.frame
             inside = (ends[None] <= num_samples[:, None])[:, :, None]
