@@ -70,7 +70,7 @@ class TowerConfig(Settings):
     sources: ClassVar[tuple[str, ...]] = ()
     encoder: str | TransformerConfig = TransformerConfig()
     pretrained: bool = True  # only for encoders given by name: load their published weights
-    freeze: bool = False  # train the projection only
+    freeze: bool = False  # keep the encoder as it is: train pooling over time and the projection only
 
     @field_validator("encoder")
     @classmethod
