@@ -22,7 +22,10 @@ from pretrain.objectives.terms import Contrast, Rows, Term
 
 @dataclass(frozen=True, kw_only=True)
 class TermsValue:
-    """local_loss: this rank's share, the sum over ranks is the loss. metrics: global scalars, `loss` among them."""
+    """local_loss: this rank's share, the sum over ranks is the loss.
+
+    metrics: global scalars: `loss`, the value of each term, and how many samples took part in it.
+    """
 
     local_loss: Tensor
     metrics: dict[str, Tensor]
@@ -35,17 +38,19 @@ def evaluate_terms(terms: Sequence[Term], world: World = ALONE) -> TermsValue:
     the terms' tensors were computed from. All ranks must pass the same kinds of terms in the same order.
     """
     shares: list[Tensor] = []
+    counts: list[Tensor] = []
     for term in terms:
         values, valid = _contrast_losses(term, world) if isinstance(term, Contrast) else (term.values, term.valid)
         kept = torch.where(valid, values, torch.zeros_like(values))
-        count = world.sum(valid.sum().to(values.dtype)).clamp_min(1)
-        shares.append(kept.sum() / count)
+        counts.append(world.sum(valid.sum().to(values.dtype)))
+        shares.append(kept.sum() / counts[-1].clamp_min(1))
     totals = world.sum(torch.stack(shares))
     weights = totals.new_tensor([term.weight for term in terms])
     local_loss = torch.stack(
         [share * term.weight for term, share in zip(terms, shares, strict=True) if term.weight]
     ).sum()
     metrics = {term.name: total for term, total in zip(terms, totals, strict=True)}
+    metrics |= {f"num_samples/{term.name}": n for term, n in zip(terms, counts, strict=True) if term.weight}
     return TermsValue(local_loss=local_loss, metrics={"loss": (weights * totals).sum(), **metrics})
 
 

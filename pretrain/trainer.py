@@ -102,7 +102,7 @@ class Trainer:
                 stop, save, problems = self._agree(len(batch.events))
                 self._log(log, batch, {**metrics, "lr": lr, "grad_norm": grad_norm, "data_problems": problems})
                 if self.validation is not None and (step % config.validation.every_steps == 0 or step == last):
-                    self._validate(log)
+                    save = self._validate(log) or save
                 if save or stop or step % config.checkpoint.every_steps == 0 or step == last:
                     self._save()  # after the log, so that a kill loses no line of a saved step
                 if stop and step < last:
@@ -126,16 +126,17 @@ class Trainer:
                 checkpoint.prune(self.run_dir, self.config.checkpoint.keep_last, self.progress.best_step)
         self.last_save = time.monotonic()
 
-    def _validate(self, log: RunLog) -> None:
-        """Score the validation split; a new best is saved."""
+    def _validate(self, log: RunLog) -> bool:
+        """Score the validation split; returns whether it is the best so far, which is to be saved."""
         assert self.validation is not None
         with self.clock.stage("validation"):
             report, score = validation_score(self.engine, self.validation, self.config, self.world)
         step = self.progress.step
         log.validation(step, report, score)
-        if self.progress.best_score is None or score > self.progress.best_score:
+        improved = self.progress.best_score is None or score > self.progress.best_score
+        if improved:
             self.progress = replace(self.progress, best_score=score, best_step=step)
-            self._save()
+        return improved
 
     def _log(self, log: RunLog, batch: Batch, metrics: dict[str, float]) -> None:
         step, times = self.progress.step, self.clock.take()
