@@ -16,14 +16,15 @@ def check_run(config: RunConfig, ranks: int) -> None:
     for place, part in (("data.train", config.data.train), ("data.validation", config.data.validation)):
         if part is None:
             continue
-        splits: dict[str, int] = read_dataset_json(part.path)["splits"]
         place = f"{place}: dataset {part.path}"
+        shards = read_dataset_json(part.path)["shards"]
+        splits = {shard["split"] for shard in shards}
         if part.split not in splits:
             raise UserError(f"{place} has no split '{part.split}'; {nearest(part.split, splits)}")
+        num_samples = sum(shard["num_samples"] for shard in shards if shard["split"] == part.split)
         needed = 1 if part is config.data.train else ranks
-        if splits[part.split] < needed:
-            found = f"{place} has {splits[part.split]} samples in split '{part.split}'"
-            raise UserError(f"{found}; expected at least {needed}")
+        if num_samples < needed:
+            raise UserError(f"{place} has {num_samples} samples in split '{part.split}'; expected at least {needed}")
     if config.train.global_batch % ranks:
         divisors = [str(n) for n in range(1, config.train.global_batch + 1) if config.train.global_batch % n == 0]
         raise UserError(

@@ -74,6 +74,6 @@ def write_dataset(folder: Path, sizes: dict[str, int], samples_per_shard: int = 
                 writer.write(Sample(key=key, members=members, index=row))
             shards.append(asdict(writer.close()))
             number += 1
-    description = {"schema_version": SCHEMA_VERSION, "splits": sizes, "shards": shards}
+    description = {"schema_version": SCHEMA_VERSION, "shards": shards}
     write_json(folder / "dataset.json", description)
     return folder
