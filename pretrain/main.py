@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from data_pipeline.settings import UserError
+from data_pipeline.settings import UserError, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,9 @@ def _lazy_group(entries: dict[str, Entry]) -> type[TyperGroup]:
             return super().get_command(ctx, name) if entry is None else _command(name, lambda: None, entry.help)
 
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            valid = self.list_commands(ctx)
+            if args[0] not in valid:
+                raise UserError(f"command '{args[0]}': unknown; {nearest(args[0], valid)}")
             name, command, rest = super().resolve_command(ctx, args)
             if name in entries:
                 module, function = entries[name].target.split(":")

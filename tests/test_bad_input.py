@@ -91,4 +91,4 @@ def test_unknown_command_and_missing_run() -> None:
     assert (code, output) == (2, "error: run nowhere: no such folder; expected a run_dir of 'parallelotope pretrain'\n")
     code, output = parallelotope("pretrian")
     assert code == 2
-    assert "Did you mean 'pretrain'?" in output
+    assert output.startswith("error: command 'pretrian': unknown; did you mean 'pretrain'?")
