@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -105,6 +106,7 @@ def test_manifest_does_not_tell_what_is_broken(clips: list[Clip]) -> None:
     assert len({row["id"] for row in rows}) == len(rows)
     assert "broken" not in {row["split"] for row in rows}
     assert "broken" not in json.dumps(rows)
+    assert all(re.fullmatch(r"(train|val)-\d{6}|(test|ordinary)-\d{3}", row["id"]) for row in rows)
 
 
 def test_files_are_as_stated(corpus: Path) -> None:

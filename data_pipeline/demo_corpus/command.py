@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.demo_corpus.corpus import Clip, plan, write_clip
+from data_pipeline.demo_corpus.corpus import VERSION, Clip, plan, write_clip
 from data_pipeline.progress import JobProgress
 from data_pipeline.settings import UserError
 from data_pipeline.shards import write_json
@@ -36,7 +36,7 @@ def write_corpus(folder: Path, num_clips: int, seed: int, workers: int, splits: 
     Raises:
         UserError: the folder holds a corpus of another size or seed.
     """
-    wanted = {"clips": num_clips, "seed": seed}
+    wanted = {"clips": num_clips, "seed": seed, "version": VERSION}
     note = folder / "corpus.json"
     if note.is_file() and (found := json.loads(note.read_text())) != wanted:
         raise UserError(

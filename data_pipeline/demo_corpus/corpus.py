@@ -16,6 +16,7 @@ from data_pipeline.demo_corpus.factors import Sound, Visual
 
 SPLITS = ("train", "val", "test", "test-ordinary", "broken")
 NUM_ORDINARY = 200
+VERSION = 1  # raised when the same seed gives other clips
 SHARE_VAL, SHARE_SILENT, SHARE_UNCAPTIONED, SHARE_BROKEN = 0.05, 0.05, 0.05, 0.02
 MAX_CAPTIONS = 4
 ONE_THREAD = {"threads": "1"}
@@ -57,15 +58,14 @@ class Clip:
 
 def plan(num_clips: int, seed: int) -> list[Clip]:
     """All clips of a corpus with `num_clips` for training, in the order of the manifest."""
-    clips = [_training_clip("train", index, seed) for index in range(num_clips)]
-    clips += [_training_clip("val", index, seed) for index in range(round(num_clips * SHARE_VAL))]
+    clips = [_training_clip("train", index, f"train-{index:06d}", seed) for index in range(num_clips)]
+    clips += [_training_clip("val", index, f"val-{index:06d}", seed) for index in range(round(num_clips * SHARE_VAL))]
     clips += _grid(seed)
     used = {(clip.visual, clip.sound) for clip in clips}
     clips += _ordinary(seed, used)
     number = max(len(BREAKAGES), round(num_clips * SHARE_BROKEN))
-    broken = [_training_clip("broken", index, seed) for index in range(number)]
-    # Among the others, so that neither place nor name tells.
-    for index, clip in enumerate(broken):
+    broken = [_training_clip("broken", index, f"train-{num_clips + index:06d}", seed) for index in range(number)]
+    for index, clip in enumerate(broken):  # among the others: neither place nor name tells
         clips.insert((index + 1) * len(clips) // (number + 1), clip)
     return clips
 
@@ -74,7 +74,7 @@ def _generator(seed: int, split: str, index: int, purpose: int) -> np.random.Gen
     return np.random.default_rng([seed, SPLITS.index(split), index, purpose])
 
 
-def _training_clip(split: str, index: int, seed: int) -> Clip:
+def _training_clip(split: str, index: int, name: str, seed: int) -> Clip:
     generator = _generator(seed, split, index, 0)
     visuals, sounds = factors.training_visuals(), factors.training_sounds()
     visual = visuals[int(generator.integers(len(visuals)))]
@@ -87,7 +87,6 @@ def _training_clip(split: str, index: int, seed: int) -> Clip:
         number = 0
     texts = tuple(captions.caption(visual, sound, generator, complete=split == "val") for _ in range(number))
     breakage = BREAKAGES[index % len(BREAKAGES)] if split == "broken" else None
-    name = f"train-x{index:05d}" if split == "broken" else f"{split}-{index:06d}"
     return Clip(
         id=name, split=split, index=index, visual=visual, sound=sound, captions=texts, breakage=breakage
     )  # fmt: skip
