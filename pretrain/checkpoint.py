@@ -10,8 +10,10 @@ only. Order, augmentation and dropout are functions of the seed and the step: no
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,8 +90,11 @@ def save_checkpoint(run: Path, engine: Engine, progress: Progress, identity: Ide
             partial.mkdir(parents=True)
         world.barrier()
         _write_share(partial, tensors, world.rank)
-    except (OSError, SafetensorError) as error:
-        problem = error if isinstance(error, OSError) else OSError(str(error))
+    except OSError as error:
+        problem = error
+    except SafetensorError as error:  # says "... (os error 28)"
+        number = re.search(r"os error (\d+)", str(error))
+        problem = OSError(int(number.group(1)) if number else errno.EIO, str(error))
     _agree(problem, final, partial, world)
     try:
         if world.rank == 0:
@@ -157,15 +162,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _agree(problem: OSError | None, final: Path, partial: Path, world: World) -> None:
-    """All ranks go on, or all raise."""
-    if not world.any(problem is not None):
+    """All ranks go on, or all raise with the same reason."""
+    mine = 0 if problem is None else problem.errno or errno.EIO
+    number = int(world.max(torch.tensor([mine], device=world.device)).item())
+    if number == 0:
         return
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
     world.barrier()
-    reason = f"{problem.strerror or problem}" if problem is not None else "another rank could not write"
     raise UserError(
-        f"checkpoint {final}: cannot save: {reason}; earlier checkpoints are whole, the run resumes from them"
+        f"checkpoint {final}: cannot save: {os.strerror(number)}; earlier checkpoints are whole, "
+        "the run resumes from them"
     )
 
 

@@ -153,6 +153,9 @@ class TrainConfig(Settings):
     global_batch: PositiveInt  # samples of one step over all ranks
     chunk: PositiveInt = 32  # samples a rank holds activations for at once; never changes the result
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; master weights, projections, scalars stay fp32
+    # Of the objective alone. Distances between near-parallel embeddings cancel digits: in fp32 the gradient depends on
+    # the order of sums by a few 1e-6, in fp64 by 3e-7. fp32 pays where the global batch is large and fp64 is slow.
+    loss_precision: Literal["fp32", "fp64"] = "fp64"
     grad_clip: float = Field(1.0, ge=0)  # on the norm of the whole gradient; 0 turns it off
     zero_stage: Literal[0, 1, 2, 3] = 2
     threads: int = Field(0, ge=0)  # CPU threads a rank computes with; 0: cores / ranks of this machine

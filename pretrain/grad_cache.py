@@ -38,13 +38,15 @@ class GradCache:
     """Computes one step's gradient into `engine`.
 
     chunk: samples a rank holds activations for at once. seed: of the run; draws are keyed by
-    (seed, step, tower, global micro-chunk). stage(name): context around pass_1, objective, pass_2, for timing.
+    (seed, step, tower, global micro-chunk). loss_dtype: in which the objective is computed. stage(name): context
+    around pass_1, objective, pass_2, for timing.
     """
 
     engine: Engine
     world: World
     chunk: int
     seed: int
+    loss_dtype: torch.dtype = torch.float64
     stage: Callable[[str], AbstractContextManager[None]] = field(default=no_stage)
 
     def backward(self, batch: Batch, step: int) -> dict[str, float]:
@@ -87,7 +89,7 @@ class GradCache:
         """Metrics, and the gradients of the loss with respect to local vectors and this rank's use of the scalars."""
         model = self.engine.model
         assert isinstance(model, PretrainModel)
-        vectors = {name: value.requires_grad_() for name, value in vectors.items()}
+        vectors = {name: value.to(self.loss_dtype).requires_grad_() for name, value in vectors.items()}
         scalars = {name: value.requires_grad_() for name, value in scalars.items()}
         with torch.enable_grad():
             present = {name: mask.to(self.world.device) for name, mask in batch.present.items()}
@@ -95,7 +97,7 @@ class GradCache:
             value = evaluate_terms(model.objective.terms(embeddings, scalars), self.world)
         leaves = [*vectors.values(), *scalars.values()]
         grads = torch.autograd.grad(value.local_loss, leaves, materialize_grads=True)
-        vector_grads = dict(zip(vectors, grads, strict=False))
+        vector_grads = dict(zip(vectors, (grad.float() for grad in grads), strict=False))
         scalar_grads = dict(zip(scalars, grads[len(vectors) :], strict=True))
         metrics = {name: metric.item() for name, metric in value.metrics.items()}
         return metrics | model.objective.temperatures(scalars), vector_grads, scalar_grads

@@ -54,7 +54,12 @@ class Trainer:
             checkpoint.load_moments(self.engine, tensors, self.progress.step)
         self.clock = StageClock(world.device)
         self.cache = GradCache(
-            engine=self.engine, world=world, chunk=config.train.chunk, seed=config.seed, stage=self.clock.stage
+            engine=self.engine,
+            world=world,
+            chunk=config.train.chunk,
+            seed=config.seed,
+            loss_dtype=torch.float64 if config.train.loss_precision == "fp64" else torch.float32,
+            stage=self.clock.stage,
         )
         self.last_save = time.monotonic()
 

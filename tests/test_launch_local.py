@@ -252,7 +252,7 @@ def test_launcher_of_this_process_restores_its_signal_handlers(tmp_path: Path) -
 def config_of(folder: Path) -> dict[str, object]:
     """A valid config whose data folder holds only a description."""
     (folder / "data").mkdir()
-    description = {"schema_version": SCHEMA_VERSION, "splits": {"train": {}}, "shards": []}
+    description = {"schema_version": SCHEMA_VERSION, "shards": [{"split": "train", "num_samples": 8}]}
     (folder / "data" / "dataset.json").write_text(json.dumps(description))
     return {
         "run_dir": str(folder / "run"),

@@ -238,7 +238,7 @@ def mounted(folder: Path, size: str) -> bool:
 
 def test_full_disk_while_saving_leaves_the_checkpoints_before(tmp_path: Path, small_dataset: Path) -> None:
     disk = tmp_path / "disk"
-    if not mounted(disk, "24m"):
+    if not mounted(disk, "5m"):
         pytest.skip("mounting a small file system needs root")
     try:
         run = disk / "run"
