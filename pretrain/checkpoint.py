@@ -27,36 +27,10 @@ from torch import Tensor
 from data_pipeline.settings import UserError
 from data_pipeline.shards import file_sha256, publish, write_json
 from pretrain.collectives import World
-from pretrain.config import RunConfig
 from pretrain.engine import MOMENTS, Engine
+from pretrain.identity import Identity
 
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """What a state belongs to; a run continues a checkpoint only where all of it is equal."""
-
-    towers: dict[str, Any]
-    embedding_dim: int
-    objective: list[dict[str, Any]]
-    dataset: str  # digest of the training split
-    global_batch: int
-    seed: int
-    block_shards: int
-
-    @classmethod
-    def of(cls, config: RunConfig, dataset_digest: str) -> Identity:
-        """The identity of a run of `config` on a training split with this digest."""
-        return cls(
-            towers=config.towers.model_dump(mode="json"),
-            embedding_dim=config.embedding_dim,
-            objective=[part.model_dump(mode="json", exclude={"tile"}) for part in config.objective],
-            dataset=dataset_digest,
-            global_batch=config.train.global_batch,
-            seed=config.seed,
-            block_shards=config.data.block_shards,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,28 +214,6 @@ def locate(path: Path, which: str) -> Path:
     if problem is not None:
         raise UserError(f"checkpoint {chosen}: {problem}; name another one")
     return chosen
-
-
-def check_identity(checkpoint: Path, wanted: Identity) -> None:
-    """Refuse a checkpoint of another model, objective, dataset or order.
-
-    Raises:
-        UserError: names each difference, what was found and what this run has.
-    """
-    found = read_description(checkpoint)["identity"]
-    differences = _differences("", found, asdict(wanted))
-    if differences:
-        raise UserError(
-            f"checkpoint {checkpoint} belongs to another run: {'; '.join(differences)}; "
-            "use another run_dir, or init_from to start from its weights"
-        )
-
-
-def _differences(place: str, found: Any, wanted: Any) -> list[str]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = sorted(set(found) | set(wanted))
-        return [d for key in keys for d in _differences(f"{place}.{key}".lstrip("."), found.get(key), wanted.get(key))]
-    return [] if found == wanted else [f"{place} is {found!r} there, {wanted!r} here"]
 
 
 def load_tensors(checkpoint: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from data_pipeline.settings import UserError
 from data_pipeline.shards import ShardedDataset, publish
 from pretrain import checkpoint
-from pretrain.checkpoint import Identity, Progress
+from pretrain.checkpoint import Progress
 from pretrain.collectives import World
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
@@ -23,6 +23,7 @@ from pretrain.data.loader import TrainLoader
 from pretrain.engine import Engine
 from pretrain.evaluate import validation_score
 from pretrain.grad_cache import GradCache
+from pretrain.identity import Identity, check_identity
 from pretrain.model import PretrainModel
 from pretrain.run_log import RunLog, StageClock
 from pretrain.schedule import learning_rate
@@ -72,11 +73,12 @@ class Trainer:
                 checkpoint.load_weights(model, checkpoint.load_tensors(source), source)
                 self.notes.append(f"weights from {source}")
             return Progress(), {}
-        checkpoint.check_identity(found, self.identity)
+        description = checkpoint.read_description(found)
+        check_identity(found, description["identity"], self.identity)
         tensors = checkpoint.load_tensors(found)
         checkpoint.load_weights(model, tensors, found)
         self.notes.append(f"resumed from {found}")
-        return Progress(**checkpoint.read_description(found)["progress"]), tensors
+        return Progress(**description["progress"]), tensors
 
     def run(self) -> int:
         """Train to the last step of the schedule, or until asked to stop. Returns the exit code."""

@@ -1,0 +1,57 @@
+"""What the state of a run belongs to, and the refusal of state that belongs to something else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.settings import UserError
+from pretrain.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a state belongs to; a run continues a checkpoint only where all of it is equal."""
+
+    towers: dict[str, Any]
+    embedding_dim: int
+    objective: list[dict[str, Any]]
+    dataset: str  # digest of the training split
+    global_batch: int
+    seed: int
+    block_shards: int
+
+    @classmethod
+    def of(cls, config: RunConfig, dataset_digest: str) -> Identity:
+        """The identity of a run of `config` on a training split with this digest."""
+        return cls(
+            towers=config.towers.model_dump(mode="json"),
+            embedding_dim=config.embedding_dim,
+            objective=[part.model_dump(mode="json", exclude={"tile"}) for part in config.objective],
+            dataset=dataset_digest,
+            global_batch=config.train.global_batch,
+            seed=config.seed,
+            block_shards=config.data.block_shards,
+        )
+
+
+def check_identity(checkpoint: Path, found: dict[str, Any], wanted: Identity) -> None:
+    """Refuse a checkpoint of another model, objective, dataset or order; `found` is what its description says.
+
+    Raises:
+        UserError: names each difference, what was found and what this run has.
+    """
+    differences = _differences("", found, asdict(wanted))
+    if differences:
+        raise UserError(
+            f"checkpoint {checkpoint} belongs to another run: {'; '.join(differences)}; "
+            "use another run_dir, or init_from to start from its weights"
+        )
+
+
+def _differences(place: str, found: Any, wanted: Any) -> list[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = sorted(set(found) | set(wanted))
+        return [d for key in keys for d in _differences(f"{place}.{key}".lstrip("."), found.get(key), wanted.get(key))]
+    return [] if found == wanted else [f"{place} is {found!r} there, {wanted!r} here"]
