@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict
 from pathlib import Path
 
-import av
 import numpy as np
 
 from data_pipeline.shards import SCHEMA_VERSION, Sample, ShardWriter, write_json
+from tests.tiny_dataset import sound_bytes, video_bytes
 
 FPS, SIDE_PX, RATE_HZ, DURATION_S = 8, 48, 16_000, 1.0
 
 
-def encode_video(generator: np.random.Generator) -> bytes:
-    """One second of a coloured square on a coloured ground."""
-    buffer = io.BytesIO()
+def moving_square(generator: np.random.Generator) -> bytes:
+    """One second of a coloured square on a coloured ground, as mp4."""
     ground, square = generator.integers(0, 255, (2, 3), dtype=np.uint8)
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS)
-        stream.width = stream.height = SIDE_PX
-        stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1
-        for number in range(int(FPS * DURATION_S)):
-            picture = np.empty((SIDE_PX, SIDE_PX, 3), np.uint8)
-            picture[:] = ground
-            picture[8:24, 3 * number : 3 * number + 16] = square
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
+    pictures = np.empty((int(FPS * DURATION_S), SIDE_PX, SIDE_PX, 3), np.uint8)
+    pictures[:] = ground
+    for number, picture in enumerate(pictures):
+        picture[8:24, 3 * number : 3 * number + 16] = square
+    return video_bytes(pictures, FPS)
 
 
-def encode_sound(generator: np.random.Generator) -> bytes:
-    """One second of a tone."""
+def tone(generator: np.random.Generator) -> bytes:
+    """One second of a tone, as flac."""
     times = np.arange(int(RATE_HZ * DURATION_S)) / RATE_HZ
-    wave = (8000 * np.sin(2 * np.pi * generator.uniform(200, 3000) * times)).astype(np.int16)
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="flac") as container:
-        stream = container.add_stream("flac", rate=RATE_HZ, layout="mono")
-        frame = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
-        frame.sample_rate = RATE_HZ
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
+    return sound_bytes((8000 * np.sin(2 * np.pi * generator.uniform(200, 3000) * times)).astype(np.int16), RATE_HZ)
 
 
 def write_dataset(folder: Path, sizes: dict[str, int], samples_per_shard: int = 5) -> Path:
@@ -62,11 +45,11 @@ def write_dataset(folder: Path, sizes: dict[str, int], samples_per_shard: int = 
                 row = {"row_id": f"{split}{index}", "clip_index": 0, "weight": 1.0, "start_s": 0.0, "end_s": DURATION_S}
                 row |= {"subtitles": [], "metadata": "{}", "captions": []}
                 if index % 11 != 10:
-                    members["video"] = ("mp4", encode_video(generator))
+                    members["video"] = ("mp4", moving_square(generator))
                     row |= {"video_num_frames": int(FPS * DURATION_S), "video_fps": float(FPS)}
                     row |= {"video_width_px": SIDE_PX, "video_height_px": SIDE_PX, "video_duration_s": DURATION_S}
                 if index % 7 != 6:
-                    members["audio"] = ("flac", encode_sound(generator))
+                    members["audio"] = ("flac", tone(generator))
                     row |= {"audio_sample_rate_hz": RATE_HZ, "audio_duration_s": DURATION_S}
                 if index % 9 != 8:
                     texts = [" ".join(generator.choice(words, 5)) for _ in range(2)]

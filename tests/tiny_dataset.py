@@ -100,7 +100,7 @@ def write_dataset(folder: Path, samples: list[Sample], samples_per_shard: int, s
         for sample in samples[start : start + samples_per_shard]:
             writer.write(sample)
         shards.append(asdict(writer.close()))
-    description = {"schema_version": SCHEMA_VERSION, "splits": {split: len(samples)}, "shards": shards}
+    description = {"schema_version": SCHEMA_VERSION, "shards": shards}
     write_json(folder / "dataset.json", description)
     return folder
 
