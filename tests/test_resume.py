@@ -167,6 +167,26 @@ def test_killed_many_times(tmp_path: Path, small_dataset: Path, uninterrupted: P
     assert_same_run(run, uninterrupted)
 
 
+STARTERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pretrain.main"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2", "--module", "pretrain.main"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", list(STARTERS))
+def test_other_starters_give_the_same_run(
+    tmp_path: Path, small_dataset: Path, uninterrupted: Path, starter: str
+) -> None:
+    config = write_config(tmp_path / "config.yaml", small_dataset, tmp_path / "run")
+    arguments = [sys.executable, *STARTERS[starter], "pretrain", str(config)]
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
 def test_stopped_by_a_signal_exits_75_and_goes_on(tmp_path: Path, small_dataset: Path, uninterrupted: Path) -> None:
     run = tmp_path / "run"
     config = write_config(tmp_path / "config.yaml", small_dataset, run, checkpoint={"every_steps": 1000})
