@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import typer
 from data_pipeline.settings import UserError, load_settings, nearest
 from data_pipeline.shards import write_json
 from pretrain.config import RunConfig
-from pretrain.preflight import check_run
+from pretrain.preflight import check_run, num_ranks
 
 
 def pretrain(
@@ -25,18 +24,13 @@ def pretrain(
     75 stopped on a signal with a checkpoint (run it again), 2 a mistake, said in one line.
     """
     settings = load_settings(RunConfig, config, overrides or [])
-    check_run(settings, int(os.environ.get("WORLD_SIZE") or 1))
-    from pretrain.ranks import join_ranks, leave_ranks, num_ranks
-
     check_run(settings, num_ranks())
+    from pretrain.ranks import join_ranks, leave_ranks
+
     world = join_ranks(settings.train.threads)
     from pretrain.trainer import Trainer
 
-    try:
-        code = Trainer(settings, world).run()
-    finally:
-        leave_ranks()
-    raise typer.Exit(code)
+    leave_ranks(world, Trainer(settings, world).run())
 
 
 def evaluate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from data_pipeline.settings import UserError, nearest
 from data_pipeline.shards import read_dataset_json
 from pretrain.config import RunConfig
@@ -31,3 +33,13 @@ def check_run(config: RunConfig, ranks: int) -> None:
             f"train.global_batch {config.train.global_batch} is not divisible by {ranks} ranks; "
             f"expected one of {', '.join(divisors[:16])}{' ...' if len(divisors) > 16 else ''} ranks"
         )
+
+
+def num_ranks() -> int:
+    """Ranks of this run, from the environment; 1 when nobody set it. Needs no process group."""
+    return int(os.environ.get("WORLD_SIZE") or slurm_variable("SLURM_NTASKS") or 1)
+
+
+def slurm_variable(name: str) -> str | None:
+    """A variable of srun; None outside of a job step (a batch script has SLURM_* too, but is no rank)."""
+    return os.environ.get(name) if "SLURM_STEP_ID" in os.environ and "SLURM_STEP_NODELIST" in os.environ else None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -13,13 +15,9 @@ import torch.distributed as dist
 from data_pipeline.settings import UserError
 from pretrain.collectives import World
 from pretrain.engine import prepare_environment
+from pretrain.preflight import slurm_variable
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-
-
-def num_ranks() -> int:
-    """Ranks of this run, from the environment; 1 when nobody set it. Needs no process group."""
-    return int(os.environ.get("WORLD_SIZE") or _slurm("SLURM_NTASKS") or 1)
 
 
 def join_ranks(threads: int) -> World:
@@ -51,15 +49,21 @@ def join_ranks(threads: int) -> World:
     return World(rank=rank, size=size, device=device)
 
 
-def leave_ranks() -> None:
-    """Close the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave_ranks(world: World, code: int) -> NoReturn:
+    """End this process with `code` once all ranks are here, without tearing the interpreter down.
+
+    Threads of gloo and DeepSpeed have been seen to abort a finished process in that ("terminate called without an
+    active exception"), which would turn a good run into a failed one. Files must be closed before.
+    """
+    world.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _complete_environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the starter did not."""
-    if "RANK" not in os.environ and _slurm("SLURM_PROCID") is not None:
+    if "RANK" not in os.environ and slurm_variable("SLURM_PROCID") is not None:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
@@ -74,11 +78,6 @@ def _complete_environment() -> None:
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"environment: RANK is set but {', '.join(missing)} not; start through torchrun or a launcher")
-
-
-def _slurm(name: str) -> str | None:
-    """A variable of srun; None outside of a job step (a batch script has SLURM_* too, but is no rank)."""
-    return os.environ.get(name) if "SLURM_STEP_ID" in os.environ and "SLURM_STEP_NODELIST" in os.environ else None
 
 
 def first_host(nodelist: str) -> str:

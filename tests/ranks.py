@@ -53,19 +53,21 @@ def _main() -> None:
     import torch.distributed as dist
 
     from pretrain.collectives import World
+    from pretrain.ranks import leave_ranks
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    world = World(rank=rank, size=size)
     module, function = target.split(":")
     try:
         argument = json.loads((folder / "argument.json").read_text())
-        result = getattr(importlib.import_module(module), function)(World(rank=rank, size=size), argument)
+        result = getattr(importlib.import_module(module), function)(world, argument)
         (folder / f"result-{rank}.json").write_text(json.dumps(result))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # the other ranks must not wait for this one's collectives
-    dist.destroy_process_group()
+    leave_ranks(world, 0)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from pretrain.ranks import first_host
 STARTERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PROGRAM = """
 import os, sys
-from pretrain.ranks import join_ranks, leave_ranks, num_ranks
+from pretrain.preflight import num_ranks
+from pretrain.ranks import join_ranks, leave_ranks
 before = num_ranks()
 world = join_ranks(1)
 print(before, world.rank, world.size, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
-leave_ranks()
+leave_ranks(world, 0)
 """
 
 
