@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.demo_corpus.corpus import VERSION, Clip, plan, write_clip
+from data_pipeline.demo_corpus.corpus import SPLITS, VERSION, Clip, plan, write_clip
 from data_pipeline.progress import JobProgress
 from data_pipeline.settings import UserError
-from data_pipeline.shards import write_json
+from data_pipeline.shards import partial_path, publish
 
 BATCH_CLIPS = 16
 
@@ -30,11 +30,11 @@ def demo_corpus(
     write_corpus(folder, clips, seed, workers)
 
 
-def write_corpus(folder: Path, num_clips: int, seed: int, workers: int, splits: Sequence[str] | None = None) -> None:
-    """Write the corpus, or the clips of some of corpus.SPLITS only.
+def write_corpus(folder: Path, num_clips: int, seed: int, workers: int, splits: Sequence[str] = SPLITS) -> None:
+    """Write the corpus, or the clips of some splits only; what is there already is kept.
 
     Raises:
-        UserError: the folder holds a corpus of another size or seed.
+        UserError: the folder holds a corpus of another size or seed, or cannot be written to.
     """
     wanted = {"clips": num_clips, "seed": seed, "version": VERSION}
     note = folder / "corpus.json"
@@ -42,25 +42,47 @@ def write_corpus(folder: Path, num_clips: int, seed: int, workers: int, splits: 
         raise UserError(
             f"demo corpus {folder}: holds {found}, expected {wanted}: use another folder or the same numbers"
         )
-    (folder / "clips").mkdir(parents=True, exist_ok=True)
-    write_json(note, wanted)
-    clips = [clip for clip in plan(num_clips, seed) if splits is None or clip.split in splits]
-    batches = [clips[start : start + BATCH_CLIPS] for start in range(0, len(clips), BATCH_CLIPS)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    clips = [clip for clip in plan(num_clips, seed) if clip.split in splits]
+    broken = {clip.id: clip.breakage for clip in clips if clip.breakage is not None}
+    rows = "".join(json.dumps(clip.manifest_row()) + "\n" for clip in clips)
+    try:
+        (folder / "clips").mkdir(parents=True, exist_ok=True)
+        _write_text(note, json.dumps(wanted) + "\n")
+        _write_clips(folder, clips, seed, workers)
+        _write_text(folder / "broken.json", json.dumps(broken, indent=1) + "\n")
+        _write_text(folder / "manifest.jsonl", rows)  # last: where it is, every clip is
+    except OSError as error:
+        raise UserError(f"demo corpus {folder}: cannot be written: {error}") from error
+    print(f"{len(clips)} clips in {folder}; manifest {folder / 'manifest.jsonl'}")
+
+
+def _write_clips(folder: Path, clips: list[Clip], seed: int, workers: int) -> None:
+    """Draw the clips whose files are not there yet, in `workers` processes."""
+    there = {entry.name for entry in os.scandir(folder / "clips")}
+    absent = [clip for clip in clips if clip.breakage != "missing" and Path(clip.video).name not in there]
+    if not absent:
+        return
+    batches = [absent[start : start + BATCH_CLIPS] for start in range(0, len(absent), BATCH_CLIPS)]
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
         jobs = [pool.submit(_write_batch, folder, batch, seed) for batch in batches]
-        with JobProgress("demo-corpus", "clips", len(clips)) as progress:
+        with JobProgress("demo-corpus", "clips", len(absent)) as progress:
             for job in as_completed(jobs):
                 progress.advance(job.result())
-    write_json(folder / "broken.json", {clip.id: clip.breakage for clip in clips if clip.breakage is not None})
-    manifest = folder / "manifest.jsonl"
-    partial = manifest.with_name(".manifest.jsonl.partial")
-    partial.write_text("".join(json.dumps(clip.manifest_row()) + "\n" for clip in clips), encoding="utf-8")
-    os.replace(partial, manifest)
-    print(f"{len(clips)} clips in {folder}; manifest {manifest}")
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a failure, what has not begun never does
 
 
 def _write_batch(folder: Path, clips: list[Clip], seed: int) -> int:
     for clip in clips:
         write_clip(folder, clip, seed)
     return len(clips)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Make `path` hold `text`, by a rename; a file that holds it already is left alone."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    partial = partial_path(path)
+    partial.write_text(text, encoding="utf-8")
+    publish(partial, path)

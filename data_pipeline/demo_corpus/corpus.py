@@ -14,9 +14,9 @@ import numpy as np
 from data_pipeline.demo_corpus import captions, factors, picture, tone
 from data_pipeline.demo_corpus.factors import Sound, Visual
 
-SPLITS = ("train", "val", "test", "test-ordinary", "broken")
+SPLITS = ("train", "val", "test", "test-ordinary")
 NUM_ORDINARY = 200
-VERSION = 1  # raised when the same seed gives other clips
+VERSION = 2  # raised when the same seed gives other clips
 SHARE_VAL, SHARE_SILENT, SHARE_UNCAPTIONED, SHARE_BROKEN = 0.05, 0.05, 0.05, 0.02
 MAX_CAPTIONS = 4
 ONE_THREAD = {"threads": "1"}
@@ -28,7 +28,7 @@ WEB_PAGE = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><bo
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """One clip before it is drawn. `split` is as in SPLITS; broken clips are listed under train."""
+    """One clip before it is drawn. `split` is one of SPLITS; `breakage`, of train clips only, one of BREAKAGES."""
 
     id: str
     split: str
@@ -50,45 +50,53 @@ class Clip:
             "id": self.id,
             "video": self.video,
             "captions": [{"text": text, "source": "procedural"} for text in self.captions],
-            "split": "train" if self.split == "broken" else self.split,
+            "split": self.split,
             **asdict(self.visual),
             **sound,
         }
 
 
 def plan(num_clips: int, seed: int) -> list[Clip]:
-    """All clips of a corpus with `num_clips` for training, in the order of the manifest."""
-    clips = [_training_clip("train", index, f"train-{index:06d}", seed) for index in range(num_clips)]
-    clips += [_training_clip("val", index, f"val-{index:06d}", seed) for index in range(round(num_clips * SHARE_VAL))]
-    clips += _grid(seed)
+    """All clips of a corpus with `num_clips` whole ones for training, in the order of the manifest.
+
+    The broken ones come on top and are drawn like any other training clip, so that neither name, place nor metadata
+    tells them apart.
+    """
+    num_broken = max(len(BREAKAGES), round(num_clips * SHARE_BROKEN))
+    num_train = num_clips + num_broken
+    chosen = np.random.default_rng([seed, num_clips]).permutation(num_train)[:num_broken]
+    breakages = {int(index): BREAKAGES[place % len(BREAKAGES)] for place, index in enumerate(chosen)}
+    visuals, sounds = factors.training_visuals(), factors.training_sounds()
+    trained = [("train", index) for index in range(num_train)]
+    trained += [("val", index) for index in range(round(num_clips * SHARE_VAL))]
+    clips = []
+    for split, index in trained:
+        generator = _generator(seed, split, index, 0)
+        visual = visuals[int(generator.integers(len(visuals)))]
+        sound = sounds[int(generator.integers(len(sounds)))]
+        breakage = breakages.get(index) if split == "train" else None
+        clips.append(_trained(split, index, visual, sound, breakage, generator))
     used = {(clip.visual, clip.sound) for clip in clips}
-    clips += _ordinary(seed, used)
-    number = max(len(BREAKAGES), round(num_clips * SHARE_BROKEN))
-    broken = [_training_clip("broken", index, f"train-{num_clips + index:06d}", seed) for index in range(number)]
-    for index, clip in enumerate(broken):  # among the others: neither place nor name tells
-        clips.insert((index + 1) * len(clips) // (number + 1), clip)
-    return clips
+    return clips + _grid(seed) + _ordinary(seed, used)
 
 
 def _generator(seed: int, split: str, index: int, purpose: int) -> np.random.Generator:
     return np.random.default_rng([seed, SPLITS.index(split), index, purpose])
 
 
-def _training_clip(split: str, index: int, name: str, seed: int) -> Clip:
-    generator = _generator(seed, split, index, 0)
-    visuals, sounds = factors.training_visuals(), factors.training_sounds()
-    visual = visuals[int(generator.integers(len(visuals)))]
-    sound: Sound | None = sounds[int(generator.integers(len(sounds)))]
+def _trained(
+    split: str, index: int, visual: Visual, sound: Sound, breakage: str | None, generator: np.random.Generator
+) -> Clip:
+    """A clip of train or val; some of train lack their sound, some their captions, never both."""
     number = int(generator.choice([1, 2, 3, MAX_CAPTIONS], p=[0.05, 0.05, 0.1, 0.8]))
-    draw = generator.random()
-    if split == "train" and draw < SHARE_SILENT:
-        sound = None
-    elif split == "train" and draw < SHARE_SILENT + SHARE_UNCAPTIONED:
-        number = 0
-    texts = tuple(captions.caption(visual, sound, generator, complete=split == "val") for _ in range(number))
-    breakage = BREAKAGES[index % len(BREAKAGES)] if split == "broken" else None
+    draw = generator.random() if split == "train" else 1.0
+    silent, uncaptioned = draw < SHARE_SILENT, SHARE_SILENT <= draw < SHARE_SILENT + SHARE_UNCAPTIONED
+    audible = None if silent else sound
+    number = 0 if uncaptioned else number
+    texts = tuple(captions.caption(visual, audible, generator, complete=split == "val") for _ in range(number))
+    name = f"{split}-{index:06d}"
     return Clip(
-        id=name, split=split, index=index, visual=visual, sound=sound, captions=texts, breakage=breakage
+        id=name, split=split, index=index, visual=visual, sound=audible, captions=texts, breakage=breakage
     )  # fmt: skip
 
 
@@ -104,13 +112,13 @@ def _grid(seed: int) -> list[Clip]:
 
 
 def _ordinary(seed: int, used: set[tuple[Visual, Sound | None]]) -> list[Clip]:
-    """Clips of training pictures, all different, each with a training sound it does not have in training."""
+    """Clips of training pictures, all different, each with a sound it has nowhere in `used` (where one is left)."""
     generator = _generator(seed, "test-ordinary", 0, 0)
     visuals, sounds = factors.training_visuals(), factors.training_sounds()
     clips = []
     for index, place in enumerate(generator.permutation(len(visuals))[:NUM_ORDINARY]):
         visual = visuals[place]
-        free = [sound for sound in sounds if (visual, sound) not in used]
+        free = [sound for sound in sounds if (visual, sound) not in used] or sounds
         sound = free[int(generator.integers(len(free)))]
         text = captions.caption(visual, sound, generator, complete=True)
         name = f"ordinary-{index:03d}"
@@ -119,9 +127,9 @@ def _ordinary(seed: int, used: set[tuple[Visual, Sound | None]]) -> list[Clip]:
 
 
 def write_clip(folder: Path, clip: Clip, seed: int) -> None:
-    """Write the clip's file under a temporary name, then rename it; a file that is there is kept."""
+    """Write the clip's file under a temporary name, then rename it. A clip that breaks by missing has none."""
     target = folder / clip.video
-    if clip.breakage == "missing" or target.exists():
+    if clip.breakage == "missing":
         return
     if clip.breakage in ("empty", "web page"):
         content = b"" if clip.breakage == "empty" else WEB_PAGE

@@ -27,8 +27,8 @@ def frames(visual: Visual, generator: np.random.Generator) -> Iterator[Plane]:
     """The clip's frames, each uint8 [HEIGHT * 3 / 2, WIDTH]: the Y plane, then U and V as libav lays them out."""
     ground = _ground(visual.background, generator)
     luma, blue, red = _yuv(RGB[visual.colour], generator)
-    half = int(generator.integers(15, 22)) * 2
-    mask = _shape(visual.shape, 2 * half, generator.uniform(-0.15, 0.15))
+    half = int(generator.integers(20, 26)) * 2  # 16 to 20 of 64 pixels across once a loader has shrunk the frame
+    mask = _shape(visual.shape, 2 * half, generator.uniform(-0.1, 0.1))
     path = _path(visual.motion, half, generator)
     for x, y, scale in path:
         yield _draw(ground, _scaled(mask, scale), int(x) // 2 * 2, int(y) // 2 * 2, luma, blue, red)
@@ -53,20 +53,20 @@ def _draw(ground: Plane, mask: NDArray[np.bool_], x: int, y: int, luma: int, blu
 
 
 def _path(motion: str, half: int, generator: np.random.Generator) -> NDArray[np.float64]:
-    """[NUM_FRAMES, 3]: centre x, y and scale; even progress through the clip, from a random start."""
+    """[NUM_FRAMES, 3]: centre x, y and scale; even progress through the clip; reach is its speed."""
     share = np.linspace(0, 1, NUM_FRAMES)
     x = np.full(NUM_FRAMES, generator.uniform(half + 30, WIDTH_PX - half - 30))
     y = np.full(NUM_FRAMES, generator.uniform(half + 10, HEIGHT_PX - half - 10))
     scale = np.ones(NUM_FRAMES)
-    reach = generator.uniform(0.75, 1.0)
+    reach, start = generator.uniform(0.7, 1.0), generator.random()
     if motion in ("left", "right"):
-        first, last = half + 4, half + 4 + reach * (WIDTH_PX - 2 * half - 8)
-        x = first + (last - first) * (share if motion == "right" else 1 - share)
+        room = WIDTH_PX - 2 * half - 8
+        x = half + 4 + room * ((1 - reach) * start + reach * (share if motion == "right" else 1 - share))
     elif motion in ("up", "down"):
-        first, last = half + 2, half + 2 + reach * (HEIGHT_PX - 2 * half - 4)
-        y = first + (last - first) * (share if motion == "down" else 1 - share)
+        room = HEIGHT_PX - 2 * half - 4
+        y = half + 2 + room * ((1 - reach) * start + reach * (share if motion == "down" else 1 - share))
     else:
-        scale = 0.35 + (1.6 * reach) * share
+        scale = 0.35 + (1.3 * reach) * share
     return np.stack([x, y, scale], axis=1)
 
 
@@ -87,14 +87,14 @@ def _shape(name: str, size: int, turn: float) -> NDArray[np.bool_]:
     if name == "circle":
         return np.asarray(x * x + y * y < 0.9)
     if name == "square":
-        return np.asarray(np.maximum(abs(x), abs(y)) < 0.8)
+        return np.asarray(np.maximum(abs(x), abs(y)) < 0.88)
     if name == "triangle":
-        return np.asarray((y < 0.75) & (y > 2.1 * abs(x) - 0.95))
+        return np.asarray((y < 0.8) & (y > 1.9 * abs(x) - 0.95))
     if name == "cross":
-        return np.asarray((np.minimum(abs(x), abs(y)) < 0.28) & (np.maximum(abs(x), abs(y)) < 0.95))
+        return np.asarray((np.minimum(abs(x), abs(y)) < 0.24) & (np.maximum(abs(x), abs(y)) < 0.95))
     angle, radius = np.arctan2(x, -y), np.hypot(x, y)
     tip = abs((angle / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * 2  # 0 at a point of the star, 1 between two
-    return np.asarray(radius < 0.98 - 0.62 * tip)
+    return np.asarray(radius < 1 - 0.68 * tip)
 
 
 def _ground(name: str, generator: np.random.Generator) -> Plane:

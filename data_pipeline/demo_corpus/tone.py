@@ -9,6 +9,7 @@ from data_pipeline.demo_corpus.factors import Sound
 
 RATE_HZ, DURATION_S = 48_000, 4.0
 FADE_S = 0.01
+WIND_HZ = 300.0
 
 Wave = NDArray[np.float64]
 
@@ -34,9 +35,9 @@ def _pitch(contour: str, times: Wave, generator: np.random.Generator) -> Wave:
         return low * (high / low) ** share
     if contour == "falling":
         return high * (low / high) ** share
-    speed_hz, phase = generator.uniform(1.2, 1.8), generator.uniform(0, 2 * np.pi)
+    speed_hz, phase = generator.uniform(0.9, 1.3), generator.uniform(0, 2 * np.pi)
     middle = np.sqrt(low * high)
-    return np.asarray(middle * 1.45 ** np.sin(2 * np.pi * speed_hz * times + phase))
+    return np.asarray(middle * 2 ** np.sin(2 * np.pi * speed_hz * times + phase))
 
 
 def _timbre(timbre: str, phase: Wave, generator: np.random.Generator) -> Wave:
@@ -47,8 +48,11 @@ def _timbre(timbre: str, phase: Wave, generator: np.random.Generator) -> Wave:
     if timbre == "metal":
         partials = ((1.0, 1.0), (2.76, 0.8), (5.40, 0.6))  # of a struck bar
         return np.sum([weight * np.sin(ratio * phase) for ratio, weight in partials], axis=0)
-    # A band of noise around the pitch: the sine's phase takes a random walk.
-    return np.sin(phase + np.cumsum(generator.normal(0, 0.22, len(phase))))
+    # A band of noise around the pitch: its two quadratures are noise of a few hundred hertz. The skirts fall steeply,
+    # or they would hide how the pitch moves.
+    points = np.linspace(0, len(phase), int(WIND_HZ * DURATION_S))
+    across, along = (np.interp(np.arange(len(phase)), points, generator.normal(size=len(points))) for _ in range(2))
+    return np.asarray(along * np.cos(phase) + across * np.sin(phase))
 
 
 def _envelope(rhythm: str, times: Wave, generator: np.random.Generator) -> Wave:
@@ -56,7 +60,7 @@ def _envelope(rhythm: str, times: Wave, generator: np.random.Generator) -> Wave:
     if rhythm == "continuous":
         return edges
     if rhythm == "swelling":
-        return np.asarray(edges * 0.003 ** (1 - times / DURATION_S))
-    rate_hz = generator.uniform(1.1, 1.5) if rhythm == "slow" else generator.uniform(4.5, 6.0)
+        return np.asarray(edges * 0.02 ** (1 - times / DURATION_S))
+    rate_hz = generator.uniform(1.1, 1.5) if rhythm == "slow" else generator.uniform(4.0, 5.0)
     place = (times * rate_hz + generator.uniform(0, 1)) % 1
     return np.asarray(edges * np.clip(np.minimum(place, 0.5 - place) / (FADE_S * rate_hz), 0, 1))
