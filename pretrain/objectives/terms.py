@@ -7,6 +7,7 @@ are reduced. `pretrain.pairwise` evaluates the terms, in one process or over ran
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -80,7 +81,7 @@ class ObjectiveOutput:
     metrics: dict[str, Tensor]
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """Base of all objectives: a temperature, learned or fixed, and `terms`."""
 
     def __init__(self, options: ObjectiveOptions, modalities: tuple[str, ...] | None = None) -> None:
@@ -100,9 +101,9 @@ class Objective(nn.Module):
         low, high = (math.log(limit) for limit in self.options.temperature_range)
         return (low + (high - low) * scalars["temperature"].to(like.dtype).sigmoid()).exp()
 
+    @abstractmethod
     def terms(self, embeddings: Embeddings, scalars: dict[str, Tensor]) -> list[Term]:
         """The terms of the loss for the local samples; every per-sample tensor has one row a sample."""
-        raise NotImplementedError
 
     def forward(self, embeddings: Embeddings) -> ObjectiveOutput:
         """Loss and metrics of `embeddings` in this process; double in, double out."""
