@@ -63,17 +63,35 @@ def read_yaml(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]
         raise UserError(f"config {path}: no such file; {hint}")
     for override in overrides:
         if "=" not in override:
-            raise UserError(f"override '{override}': expected key=value, as in train.steps=100")
+            raise UserError(f"override '{override}': expected key=value, as in seed=1 or ray.num_cpus=4")
     try:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
             raise UserError(f"config {path}: expected a mapping of keys, found {type(loaded).__name__}")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        _apply(loaded, override)
+    try:
+        plain = OmegaConf.to_container(loaded, resolve=True)
+    except OmegaConfBaseException as error:
         raise UserError(f"config {path}: {' '.join(str(error).split())}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _apply(config: Any, override: str) -> None:
+    """Set one key: "train.chunk=8", "objective.0.weight=2"; values are read as YAML."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    key, _, text = override.partition("=")
+    try:
+        value = OmegaConf.create({"value": OmegaConf.from_dotlist([f"value={text}"])["value"]})["value"]
+        OmegaConf.update(config, key, value, merge=True, force_add=True)
+    except (YAMLError, OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"override '{override}': {' '.join(str(error).split())}") from error
 
 
 def check_settings(model: type[SettingsT], values: dict[str, Any], place: str) -> SettingsT:
@@ -111,7 +129,8 @@ def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> set[str]:
         for candidate in models:
             field = candidate.model_fields.get(str(part))
             found |= _models_in(field.annotation) if field is not None else set()
-        models = found or models  # a union's tag or a list index stays where it is
+        tagged = {m for m in models if "name" in m.model_fields and m.model_fields["name"].default == part}
+        models = found or tagged or models  # a union's tag chooses one of its models; a list index changes nothing
     return {name for candidate in models for name in candidate.model_fields}
 
 

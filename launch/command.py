@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.settings import load_settings
+from data_pipeline.settings import UserError, load_settings
 from launch.local import run, this_machine
 from launch.plan import EXIT_RUN_AGAIN, local_plan, render, train_argv
 from pretrain.config import RunConfig
@@ -36,6 +36,10 @@ def local(
     if dry_run:
         print(render(plan), end="")
         return
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir {settings.run_dir}: cannot be made: {error.strerror}") from error
     print(f"{ranks} ranks on {machine.host}, every rank's output in {log_dir}", file=sys.stderr, flush=True)
     code = run(plan)
     if code == EXIT_RUN_AGAIN:

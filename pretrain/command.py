@@ -45,12 +45,14 @@ def evaluate(
         raise UserError(f"--checkpoint {checkpoint}: {nearest(checkpoint, ['best', 'last'])}")
     if not run.is_dir():
         raise UserError(f"run {run}: no such folder; expected a run_dir of 'parallelotope pretrain'")
+    folder = run.parent.parent if (run / "checkpoint.json").is_file() else run
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"run {run}: no config.yaml in it; expected a run_dir of 'parallelotope pretrain'")
     from rich.console import Console
 
     from pretrain.evaluate import evaluate_run
 
     report, source = evaluate_run(run, data, split, checkpoint, workers)
-    folder = run.parent.parent if (run / "checkpoint.json").is_file() else run
     target = folder / f"evaluation-{split}.json"
     write_json(target, {"checkpoint": source.name, "data": str(data), "split": split, **report.to_json()})
     console = Console()

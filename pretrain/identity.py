@@ -42,16 +42,17 @@ def check_identity(checkpoint: Path, found: dict[str, Any], wanted: Identity) ->
     Raises:
         UserError: names each difference, what was found and what this run has.
     """
-    differences = _differences("", found, asdict(wanted))
-    if differences:
+    lines = differences("", found, asdict(wanted))
+    if lines:
         raise UserError(
-            f"checkpoint {checkpoint} belongs to another run: {'; '.join(differences)}; "
+            f"checkpoint {checkpoint} belongs to another run: {'; '.join(lines)}; "
             "use another run_dir, or init_from to start from its weights"
         )
 
 
-def _differences(place: str, found: Any, wanted: Any) -> list[str]:
+def differences(place: str, found: Any, wanted: Any) -> list[str]:
+    """ "a.b is 1 there, 2 here" for each key that differs between two nested mappings."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = sorted(set(found) | set(wanted))
-        return [d for key in keys for d in _differences(f"{place}.{key}".lstrip("."), found.get(key), wanted.get(key))]
+        return [d for key in keys for d in differences(f"{place}.{key}".lstrip("."), found.get(key), wanted.get(key))]
     return [] if found == wanted else [f"{place} is {found!r} there, {wanted!r} here"]

@@ -23,8 +23,9 @@ from pretrain.data.loader import TrainLoader
 from pretrain.engine import Engine
 from pretrain.evaluate import validation_score
 from pretrain.grad_cache import GradCache
-from pretrain.identity import Identity, check_identity
+from pretrain.identity import Identity, check_identity, differences
 from pretrain.model import PretrainModel
+from pretrain.run_lock import hold_run
 from pretrain.run_log import RunLog, StageClock
 from pretrain.schedule import learning_rate
 from pretrain.signals import EXIT_RUN_AGAIN, StopRequest
@@ -42,6 +43,7 @@ class Trainer:
         self.config, self.world = config, world
         self.run_dir = Path(config.run_dir)
         self.stop = StopRequest()
+        self.lock = hold_run(self.run_dir) if world.rank == 0 else None
         self.dataset = ShardedDataset(config.data.train.path, config.data.train.split)
         held_out = config.data.validation
         self.validation = ShardedDataset(held_out.path, held_out.split) if held_out else None
@@ -89,6 +91,7 @@ class Trainer:
         )  # fmt: skip
         resumed, last = self.progress.step, config.schedule.num_steps
         if world.rank == 0:
+            self.notes += changed_settings(self.run_dir, config)
             write_run_config(self.run_dir, config)
         with closing(loader), RunLog(self.run_dir, world.rank, resumed, last, config.train.log_every) as log:
             self._greet(log)
@@ -181,6 +184,15 @@ def check_finite(value: float, what: str, step: int) -> None:
         raise UserError(
             f"step {step}: the {what} is {value}; nothing was saved after step {step - 1}: lower optimizer.lr"
         )
+
+
+def changed_settings(run: Path, config: RunConfig) -> list[str]:
+    """A line for each key that differs from the run's last start, where a run goes on with other settings."""
+    try:
+        before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return []
+    return [f"changed since the last start: {line}" for line in differences("", before, config.model_dump(mode="json"))]
 
 
 def write_run_config(run: Path, config: RunConfig) -> None:

@@ -203,6 +203,19 @@ def test_stopped_by_a_signal_exits_75_and_goes_on(tmp_path: Path, small_dataset:
     assert drawn(run) == drawn(uninterrupted)
 
 
+def test_a_run_folder_takes_one_run_at_a_time(tmp_path: Path, small_dataset: Path) -> None:
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "config.yaml", small_dataset, run, schedule={"num_steps": 10_000})
+    first = start(config, 1)
+    wait_for_step(run, 1, first)
+    output = finish(config, 1, expected_code=2)
+    assert f"is in use by process {first.pid} on" in output
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    steps = [record["step"] for record in read_lines(run / METRICS)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
 def test_other_ranks_and_stage_take_the_same_samples(tmp_path: Path, small_dataset: Path, uninterrupted: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)

@@ -211,3 +211,18 @@ def test_demo_config_trains_what_the_demo_promises() -> None:
     assert config.train.global_batch / 2 / config.train.chunk >= 4  # gradient-cache chunks of each of 2 ranks
     assert "gram" in [part.name for part in config.objective]
     assert config.schedule.num_steps > 2 * config.checkpoint.every_steps  # a kill in the middle loses part of it only
+
+
+def test_override_of_a_list_entry_that_is_wrong_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(UserError) as caught:
+        load_settings(RunConfig, tmp_path / "c.yaml", ["objective.0.orientaton=1"])
+    assert "objective.0.gram.orientaton: unknown key; did you mean 'orientation'?" in str(caught.value)
+
+
+def test_valid_keys_are_those_of_the_chosen_objective(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(UserError) as caught:
+        load_settings(RunConfig, tmp_path / "c.yaml", ["objective=[{name: infonce, orientation: 1.0}]"])
+    assert "orientation: unknown key" in str(caught.value)
+    assert "orientation," not in str(caught.value).split("(valid:")[1]
