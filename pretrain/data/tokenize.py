@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ class Tokenizer:
         ids = np.full(self.max_tokens, self.pad_id, dtype=np.int64)
         ids[: len(tokens)] = tokens
         return ids, np.arange(self.max_tokens) < len(tokens)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token, for people to read."""
+        return [self._encoder.decode([number], skip_special_tokens=False) for number in ids]
 
 
 def _from_file(path: Path) -> Any:
