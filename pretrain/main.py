@@ -35,9 +35,13 @@ COMMANDS = {
     "inspect": Entry(target="pretrain.inspection.command:inspect", help="What a dataset holds and the model will see."),
     "pretrain": Entry(target="pretrain.command:pretrain", help="Train the towers of a config on this rank."),
     "evaluate": Entry(target="pretrain.command:evaluate", help="Retrieval metrics of a run on a dataset's split."),
+    "export": Entry(target="pretrain.export_command:export", help="The towers of a run, to use them elsewhere."),
+    "embed": Entry(target="pretrain.export_command:embed", help="Embeddings of a dataset by an exported model."),
 }
 LAUNCH_COMMANDS = {
     "local": Entry(target="launch.command:local", help="Train on several ranks of this machine."),
+    "slurm": Entry(target="launch.slurm_command:slurm", help="Train as a Slurm job that requeues itself and resumes."),
+    "node": Entry(target="launch.command:node", help="One machine's ranks of a job; batch scripts call it."),
 }
 
 
