@@ -1,4 +1,4 @@
-"""The `launch` commands: check the config, make a plan, run it. Without torch."""
+"""The commands `launch local` and `launch node`: check the config, make a plan, run it. Without torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from typing import Annotated
 import typer
 
 from data_pipeline.settings import UserError, load_settings
+from launch.failures import LIFE
 from launch.local import run, this_machine
-from launch.plan import EXIT_RUN_AGAIN, local_plan, render, train_argv
+from launch.plan import EXIT_RUN_AGAIN, local_plan, node_plan, render, train_argv
+from launch.rendezvous import check_meeting_point, describe, place_of_this_node, say
 from pretrain.config import RunConfig
 from pretrain.preflight import check_run
 
+ConfigPath = Annotated[Path, typer.Argument(help="YAML of pretrain.config.RunConfig.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Keys to change: train.chunk=64 ...")]
+
 
 def local(
-    config: Annotated[Path, typer.Argument(help="YAML of pretrain.config.RunConfig.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Keys to change: train.chunk=64 ...")] = None,
+    config: ConfigPath,
+    overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes; on GPUs, one each.")] = 1,
     dry_run: Annotated[bool, typer.Option(help="Print what would be started, and start nothing.")] = False,
 ) -> None:
@@ -36,12 +41,46 @@ def local(
     if dry_run:
         print(render(plan), end="")
         return
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run_dir {settings.run_dir}: cannot be made: {error.strerror}") from error
-    print(f"{ranks} ranks on {machine.host}, every rank's output in {log_dir}", file=sys.stderr, flush=True)
-    code = run(plan)
+    make_folder(log_dir, settings.run_dir)
+    say(f"{ranks} ranks on {machine.host}, every rank's output in {log_dir}")
+    code = run(plan, Path(settings.run_dir))
     if code == EXIT_RUN_AGAIN:
-        print("stopped with a checkpoint; the same command continues the run", file=sys.stderr)
+        say("stopped with a checkpoint; the same command continues the run")
     raise typer.Exit(code)
+
+
+def node(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines of the job.")] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Processes a machine; on GPUs, one each.")] = 1,
+    node_rank: Annotated[int | None, typer.Option(help="Which machine this is; default: srun's or the pod's.")] = None,
+    master_host: Annotated[str | None, typer.Option(help="Machine of rank 0; default: srun's first.")] = None,
+    master_port: Annotated[int | None, typer.Option(help="Default: from the job's id.")] = None,
+    interface: Annotated[str | None, typer.Option(help="For gloo, where host names lead to 127.x.")] = None,
+) -> None:
+    """Train on this machine's share of the ranks; batch scripts call it once on each machine.
+
+    Exit codes as of `launch local`.
+    """
+    settings = load_settings(RunConfig, config, overrides or [])
+    check_run(settings, nodes * ranks_per_node)
+    place = place_of_this_node(nodes, ranks_per_node, node_rank, master_host, master_port, interface, os.environ)
+    check_meeting_point(place)
+    log_dir = Path(settings.run_dir) / "logs" / os.environ.get(LIFE, "")
+    make_folder(log_dir, settings.run_dir)
+    say(describe(place))
+    argv = train_argv(sys.executable, str(config), overrides or [])
+    raise typer.Exit(run(node_plan(argv, place, log_dir, this_machine(), os.environ), Path(settings.run_dir)))
+
+
+def make_folder(folder: Path, run_dir: str) -> None:
+    """Make a folder inside the run's.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir}: cannot be made: {error.strerror}") from error

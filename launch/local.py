@@ -20,10 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import BinaryIO
 
 from data_pipeline.settings import UserError
+from launch.failures import Failure, clear_failures, current_life, record_failure
 from launch.leash import leashed
 from launch.plan import EXIT_RUN_AGAIN, Machine, Plan, RankPlan
 
@@ -75,36 +77,42 @@ def free_port() -> int:
     raise UserError("no free port among 200 tried between 20000 and 32000 on 127.0.0.1; expected one for the ranks")
 
 
-def run(plan: Plan, grace_s: float = GRACE_S) -> int:
+def run(plan: Plan, run_dir: Path | None = None, grace_s: float = GRACE_S) -> int:
     """Start the ranks of `plan` and wait for them. Rank 0 speaks on stdout, every rank into its log.
+
+    run_dir: where the first rank that fails here leaves a record (see launch.failures); None: nowhere.
 
     Signals SIGTERM, SIGINT and SIGUSR1 to this process go on to every rank, each once. On Linux the ranks are killed
     when this process dies, even by SIGKILL. Call it from the main thread.
 
     Returns:
-        0 when every rank left with 0; 75 when a rank asked to be run again and none failed; else the code of the first
-        rank that failed, or 128 + its signal. After a failure the others get SIGTERM, and SIGKILL `grace_s` later.
+        0 when every rank left with 0; 75 when a rank asked to be run again and none failed (also one that a forwarded
+        signal ended before it could listen to it: nothing is lost yet); else the code of the first rank that failed, or
+        128 + its signal. After a failure the others get SIGTERM, and SIGKILL `grace_s` later.
 
     Raises:
         UserError: a process cannot be started, or a log cannot be opened.
     """
     events: Events = SimpleQueue()
     ranks: list[_Rank] = []
+    if run_dir is not None:
+        clear_failures(run_dir, current_life(), [rank_plan.rank for rank_plan in plan.ranks])
     with _signals_to(events):
         try:
             for rank_plan in plan.ranks:
                 ranks.append(_Rank(rank_plan))
             for rank in ranks:
                 rank.watch(events, sys.stdout.buffer if rank.plan.rank == 0 else None)
-            return _supervise(ranks, events, grace_s)
+            return _supervise(ranks, events, grace_s, plan.num_ranks, run_dir)
         finally:
             for rank in ranks:
                 rank.close()
 
 
-def _supervise(ranks: list[_Rank], events: Events, grace_s: float) -> int:
+def _supervise(ranks: list[_Rank], events: Events, grace_s: float, num_ranks: int, run_dir: Path | None) -> int:
     running = {rank.plan.rank: rank for rank in ranks}
     codes: dict[int, int] = {}
+    forwarded: set[int] = set()
     failure: Exited | None = None
     kill_at: float | None = None
     while running:
@@ -116,34 +124,53 @@ def _supervise(ranks: list[_Rank], events: Events, grace_s: float) -> int:
                 rank.kill()
             continue
         if isinstance(event, Signalled):
+            forwarded.add(event.number)
             for rank in running.values():
                 rank.process.send_signal(event.number)
             continue
         gone = running.pop(event.rank)
         gone.kill()  # what it left behind
-        codes[event.rank] = event.code
-        if event.code not in (0, EXIT_RUN_AGAIN) and failure is None:
-            failure, kill_at = event, time.monotonic() + grace_s
+        early = -event.code in forwarded  # ended by our signal before it listened: the others wait for it in vain
+        codes[event.rank] = EXIT_RUN_AGAIN if early else event.code
+        if (early or codes[event.rank] not in (0, EXIT_RUN_AGAIN)) and kill_at is None and failure is None:
+            kill_at = time.monotonic() + grace_s
+            if early:
+                forwarded.add(signal.SIGTERM)
+            else:
+                failure = event
+                _tell(gone, event.code, num_ranks, ranks[0], run_dir)
             for rank in running.values():
                 rank.process.terminate()
-            _tell(gone, event.code, len(ranks))
         gone.drain()
     if failure is not None:
         return failure.code if failure.code > 0 else 128 - failure.code
     return EXIT_RUN_AGAIN if EXIT_RUN_AGAIN in codes.values() else 0
 
 
-def _tell(rank: _Rank, code: int, num_ranks: int) -> None:
+def _tell(rank: _Rank, code: int, num_ranks: int, speaker: _Rank, run_dir: Path | None) -> None:
+    """Name the first failure of this machine; `speaker`: the rank whose output is on the terminal already."""
     how = f"exited with code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
     others = "; the others are ended" if num_ranks > 1 else ""
+    hint = ""
+    if code == -signal.SIGKILL:
+        hint = " (the system does that when memory runs out: lower train.chunk or data.num_workers)"
     rank.drain()
-    place = f"rank {rank.plan.rank} of {num_ranks} {how}{others}"
-    if rank.plan.rank == 0:
-        print(f"{place}; its last lines are above", file=sys.stderr)
-    else:
+    lines = rank.last_lines()
+    if run_dir is not None:
+        host, now_s = socket.gethostname(), time.time()
+        failure = Failure(
+            life=current_life(), rank=rank.plan.rank, host=host, code=code, how=f"{how}{hint}", time_s=now_s,
+            last_lines=tuple(lines),
+        )  # fmt: skip
+        record_failure(run_dir, failure)
+    place = f"rank {rank.plan.rank} of {num_ranks} {how}{hint}{others}"
+    new = [] if rank is speaker else [line for line in lines if line not in speaker.last_lines()]
+    if new:
         print(f"{place}; its last lines ({rank.plan.log_path}):", file=sys.stderr)
-        for line in rank.last_lines():
+        for line in new:
             print(f"  rank {rank.plan.rank} | {line}", file=sys.stderr)
+    else:
+        print(f"{place}; its last lines are above", file=sys.stderr)
     sys.stderr.flush()
 
 

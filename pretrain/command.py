@@ -12,6 +12,7 @@ from data_pipeline.settings import UserError, load_settings, nearest
 from data_pipeline.shards import write_json
 from pretrain.config import RunConfig
 from pretrain.preflight import check_run, num_ranks
+from pretrain.signals import StopRequest
 
 
 def pretrain(
@@ -25,12 +26,13 @@ def pretrain(
     """
     settings = load_settings(RunConfig, config, overrides or [])
     check_run(settings, num_ranks())
+    stop = StopRequest()  # before the imports, which take seconds
     from pretrain.ranks import join_ranks, leave_ranks
 
     world = join_ranks(settings.train.threads)
     from pretrain.trainer import Trainer
 
-    leave_ranks(world, Trainer(settings, world).run())
+    leave_ranks(world, Trainer(settings, world, stop).run())
 
 
 def evaluate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from data_pipeline.settings import UserError, nearest
 from data_pipeline.shards import read_dataset_json
@@ -43,3 +44,19 @@ def num_ranks() -> int:
 def slurm_variable(name: str) -> str | None:
     """A variable of srun; None outside of a job step (a batch script has SLURM_* too, but is no rank)."""
     return os.environ.get(name) if "SLURM_STEP_ID" in os.environ and "SLURM_STEP_NODELIST" in os.environ else None
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a Slurm node list: "gpu[07-09,12],login1" -> "gpu07"."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodelist)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST '{nodelist}': expected a list of hosts")
+    return match.group(1) + (match.group(2) or "")
+
+
+def slurm_port(job_id: str) -> int:
+    """The port where a job's ranks meet: from its number, so that two jobs on a node differ.
+
+    Below 32768, where ephemeral ports begin.
+    """
+    return 20_000 + int(job_id) % 12_000

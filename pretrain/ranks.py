@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import sys
 from datetime import timedelta
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from data_pipeline.settings import UserError
 from pretrain.collectives import World
 from pretrain.engine import prepare_environment
-from pretrain.preflight import slurm_variable
+from pretrain.preflight import first_host, slurm_port, slurm_variable
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -69,8 +68,7 @@ def _complete_environment() -> None:
         os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
         os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
-        # Below 32768, where ephemeral ports begin; from the job's number, so that two jobs on a node differ.
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000))
+        os.environ.setdefault("MASTER_PORT", str(slurm_port(os.environ["SLURM_JOB_ID"])))
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -78,14 +76,6 @@ def _complete_environment() -> None:
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"environment: RANK is set but {', '.join(missing)} not; start through torchrun or a launcher")
-
-
-def first_host(nodelist: str) -> str:
-    """The first name of a Slurm node list: "gpu[07-09,12],login1" -> "gpu07"."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodelist)
-    if match is None:
-        raise UserError(f"SLURM_STEP_NODELIST '{nodelist}': expected a list of hosts")
-    return match.group(1) + (match.group(2) or "")
 
 
 def _free_port() -> int:

@@ -39,10 +39,10 @@ class Trainer:
         UserError: the data, the checkpoint or the weights to start from do not fit the config.
     """
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    def __init__(self, config: RunConfig, world: World, stop: StopRequest | None = None) -> None:
         self.config, self.world = config, world
         self.run_dir = Path(config.run_dir)
-        self.stop = StopRequest()
+        self.stop = stop or StopRequest()
         self.lock = hold_run(self.run_dir) if world.rank == 0 else None
         self.dataset = ShardedDataset(config.data.train.path, config.data.train.split)
         held_out = config.data.validation

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pretrain.ranks import first_host
+from pretrain.preflight import first_host
 
 STARTERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PROGRAM = """
