@@ -45,7 +45,7 @@ def local(
     say(f"{ranks} ranks on {machine.host}, every rank's output in {log_dir}")
     code = run(plan, Path(settings.run_dir))
     if code == EXIT_RUN_AGAIN:
-        say("stopped with a checkpoint; the same command continues the run")
+        say("stopped; the same command continues the run")
     raise typer.Exit(code)
 
 

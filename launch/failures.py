@@ -97,7 +97,7 @@ def outcome(run: Path, life: str, code: int) -> tuple[int, str]:
         when = time.strftime("%H:%M:%S", time.localtime(failure.time_s))
         return own, f"failed: at {when} {failure.line()}"
     if code == EXIT_RUN_AGAIN:
-        return code, "stopped with a checkpoint; the same command continues the run"
+        return code, "stopped; the same command continues the run"
     return code, "finished" if code == 0 else f"failed: the launchers ended with code {code}, no rank left a record"
 
 

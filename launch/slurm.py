@@ -129,8 +129,15 @@ def parse_option(text: str) -> tuple[str, str | None]:
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` without what a surrounding Slurm job put there, which would change the options of the new one."""
-    return {name: value for name, value in environment.items() if not name.startswith(SUBMISSION_PREFIXES)}
+    """`environment` without what a surrounding Slurm job put there, which would change the options of the new one.
+
+    SLURM_CONF stays: it says where the cluster is.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if name == "SLURM_CONF" or not name.startswith(SUBMISSION_PREFIXES)
+    }
 
 
 def submit(script: Path) -> str:

@@ -17,6 +17,7 @@ import yaml
 from data_pipeline.settings import UserError
 from data_pipeline.shards import SCHEMA_VERSION
 from launch.command import check_run
+from launch.failures import first_failure, outcome
 from launch.local import free_port, run, this_machine
 from launch.plan import EXIT_RUN_AGAIN, Machine, Plan, local_plan, render, train_argv
 from pretrain import signals
@@ -222,12 +223,35 @@ def test_signals_reach_every_rank_once(tmp_path: Path) -> None:
         assert (tmp_path / f"signals-{rank}").read_text().split() == ["SIGINT", "SIGTERM", "SIGUSR1"]
 
 
-def test_signal_that_kills_the_ranks_is_the_exit_code(tmp_path: Path) -> None:
+def test_a_signal_before_anybody_listens_is_a_stop(tmp_path: Path) -> None:
     process = launcher(tmp_path, "sleep", "sleep")
     process.terminate()
     said = process.communicate(timeout=20)[1].decode()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "was ended by SIGTERM" in said
+    assert process.returncode == EXIT_RUN_AGAIN
+    assert "was ended" not in said
+
+
+def test_first_failure_leaves_a_record(tmp_path: Path) -> None:
+    assert run(stand_in(tmp_path, "sleep", "fail-after 0.3"), tmp_path / "run") == 3
+    failure = first_failure(tmp_path / "run", "local")
+    assert failure is not None
+    assert (failure.rank, failure.code) == (1, 3)
+    assert failure.line().endswith("exited with code 3: line that explains")
+    assert outcome(tmp_path / "run", "local", 75)[0] == 3  # a stop elsewhere does not hide it
+    run(stand_in(tmp_path / "again", "exit 0", "exit 0"), tmp_path / "run")
+    assert first_failure(tmp_path / "run", "local") is None
+
+
+def test_what_both_ranks_say_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = local_plan(["sh", "-c", "sleep 0.$((RANK * 5)); echo the same mistake; exit 2"], 2, tmp_path, MACHINE, {})
+    assert run(plan) == 2
+    both = capfd.readouterr()
+    assert (both.out + both.err).count("the same mistake") == 1
+
+
+def test_out_of_memory_is_guessed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(stand_in(tmp_path, "die SIGKILL"))
+    assert "lower train.chunk or data.num_workers" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux only")

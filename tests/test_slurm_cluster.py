@@ -1,0 +1,133 @@
+"""Training on a real Slurm cluster of two nodes: to the end, over a time limit, and with a rank that fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint import finished_checkpoints, load_tensors
+from tests.slurm_cluster import SlurmCluster, read_steps, wait_until, why_not_here
+from tests.test_resume import finish, write_config
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not_here() is not None, reason=str(why_not_here())),
+]
+LONG = 900  # steps: more than fit into the time before the signal
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    cluster = SlurmCluster(num_nodes=2)
+    yield cluster
+    cluster.close()
+
+
+def submit(cluster: SlurmCluster, folder: Path, config: Path, *options: str) -> str:
+    """The job id that `parallelotope launch slurm` prints."""
+    command = [sys.executable, "-m", "pretrain.main", "launch", "slurm", str(config), "--nodes", "2", *options]
+    done = cluster.run([*command, "--cpus-per-node", "2"], cwd=str(folder))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def log_of(run: Path, job: str) -> Path:
+    return run / "logs" / f"slurm-{job}.log"
+
+
+def same_state(run: Path, other: Path) -> None:
+    """The last checkpoints of two runs are bitwise equal: weights and moments."""
+    ours, theirs = (load_tensors(finished_checkpoints(folder)[-1]) for folder in (run, other))
+    assert finished_checkpoints(run)[-1].name == finished_checkpoints(other)[-1].name
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_two_nodes_train_what_two_local_ranks_train(cluster: SlurmCluster, small_dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "it's a folder"
+    folder.mkdir()
+    run, local = folder / "run 100%", folder / "local"
+    job = submit(cluster, folder, write_config(folder / "a config.yaml", small_dataset, run))
+    cluster.wait_for(job, ["COMPLETED", "FAILED"], 120, log_of(run, job))
+    said = log_of(run, job).read_text()
+    assert cluster.state(job) == "COMPLETED", said
+    assert "node 0 of 2 (node1): ranks 0 to 0, meeting at node1:" in said
+    assert said.splitlines()[-1] == "parallelotope: finished"
+    assert {path.name for path in (run / "logs" / f"{job}.0").iterdir()} == {"node1-0.log", "node2-1.log"}
+    finish(write_config(tmp_path / "local.yaml", small_dataset, local), 2)
+    same_state(run, local)
+
+
+def test_a_time_limit_is_a_requeue_and_changes_nothing(
+    cluster: SlurmCluster, small_dataset: Path, tmp_path: Path
+) -> None:
+    changes = {"schedule": {"num_steps": LONG}, "checkpoint": {"every_steps": 300}, "validation": {"every_steps": 300}}
+    run, local = tmp_path / "run", tmp_path / "local"
+    config = write_config(tmp_path / "config.yaml", small_dataset, run, **changes)
+    job = submit(cluster, tmp_path, config, "--time", "00:01:00", "--signal-s", "35")
+    cluster.wait_for(job, ["PENDING", "FAILED", "TIMEOUT"], 20, log_of(run, job))
+    cluster.wait_for(job, ["RUNNING"], 20)
+    cluster.wait_for(job, ["PENDING", "FAILED", "TIMEOUT", "COMPLETED"], 100, log_of(run, job))
+    said = log_of(run, job).read_text()
+    assert "parallelotope: stopped; the same command continues the run" in said
+    stopped_at = read_steps(run)[-1]
+    assert 0 < stopped_at < LONG
+    cluster.hurry(job)
+    for _ in range(5):  # a life of a minute may not be enough
+        if cluster.wait_for(job, ["PENDING", "FAILED", "TIMEOUT", "COMPLETED"], 120, log_of(run, job)) != "PENDING":
+            break
+        cluster.hurry(job)
+    said = log_of(run, job).read_text()
+    assert cluster.state(job) == "COMPLETED", said
+    assert f"resumed from {run}/checkpoints/step-{stopped_at:08d}" in said
+    assert read_steps(run) == list(range(1, LONG + 1))
+    finish(write_config(tmp_path / "local.yaml", small_dataset, local, **changes), 2)
+    same_state(run, local)
+
+
+def test_a_rank_that_raises_is_named(cluster: SlurmCluster, small_dataset: Path, tmp_path: Path) -> None:
+    """Where rank 1 writes the keys of its samples there is a folder: it alone cannot."""
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    (run / "samples" / "rank-00001.jsonl").mkdir()
+    job = submit(cluster, tmp_path, write_config(tmp_path / "config.yaml", small_dataset, run))
+    assert cluster.wait_for(job, ["COMPLETED", "FAILED"], 90, log_of(run, job)) == "FAILED"
+    last = log_of(run, job).read_text().splitlines()[-1]
+    assert "failed: at" in last
+    assert "rank 1 on node2 exited with code 1: [rank1]: IsADirectoryError" in last
+    assert cluster.exit_code(job) == 1
+
+
+def test_a_killed_rank_is_named_and_the_job_resumes(cluster: SlurmCluster, small_dataset: Path, tmp_path: Path) -> None:
+    changes = {"schedule": {"num_steps": 300}, "checkpoint": {"every_steps": 20, "keep_last": 2}}
+    run = tmp_path / "run"
+    job = submit(cluster, tmp_path, write_config(tmp_path / "config.yaml", small_dataset, run, **changes))
+    wait_until(lambda: len(read_steps(run)) > 30, 90, lambda: f"step 30\n{cluster.logs()}")
+    ranks = cluster.pids_on("node2", "pretrain.main pretrain")
+    os.kill(min(ranks), signal.SIGKILL)
+    assert cluster.wait_for(job, ["COMPLETED", "FAILED"], 60, log_of(run, job)) == "FAILED"
+    assert "rank 1 on node2 was ended by SIGKILL" in log_of(run, job).read_text().splitlines()[-1]
+    assert cluster.exit_code(job) == 128 + signal.SIGKILL
+    script = run / "job.sbatch"
+    again = cluster.call("sbatch", "--parsable", str(script), cwd=str(tmp_path))
+    assert cluster.wait_for(again, ["COMPLETED", "FAILED"], 120, log_of(run, again)) == "COMPLETED"
+    assert "resumed from" in log_of(run, again).read_text()
+    assert read_steps(run) == list(range(1, 301))
+
+
+def test_cancelled_is_cancelled(cluster: SlurmCluster, small_dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    changes = {"schedule": {"num_steps": 5000}, "checkpoint": {"every_steps": 1000}}
+    job = submit(cluster, tmp_path, write_config(tmp_path / "config.yaml", small_dataset, run, **changes))
+    wait_until(lambda: len(read_steps(run)) > 5, 90, lambda: f"step 5\n{cluster.logs()}")
+    cluster.call("scancel", job)
+    assert cluster.wait_for(job, ["CANCELLED", "PENDING", "COMPLETED", "FAILED"], 30) == "CANCELLED"
+    wait_until(lambda: not subprocess.run(["pgrep", "-f", str(run)], capture_output=True).stdout, 30, lambda: "the end")
+    assert cluster.state(job) == "CANCELLED"
