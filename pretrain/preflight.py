@@ -16,6 +16,16 @@ def check_run(config: RunConfig, ranks: int) -> None:
     Raises:
         UserError: one line: what was found, what was expected.
     """
+    check_data(config, ranks)
+    check_ranks(config, ranks)
+
+
+def check_data(config: RunConfig, ranks: int) -> None:
+    """Refuse datasets that are not there, or have too few samples in the split that is asked for.
+
+    Raises:
+        UserError: one line: what was found, what was expected.
+    """
     for place, part in (("data.train", config.data.train), ("data.validation", config.data.validation)):
         if part is None:
             continue
@@ -28,6 +38,14 @@ def check_run(config: RunConfig, ranks: int) -> None:
         needed = 1 if part is config.data.train else ranks
         if num_samples < needed:
             raise UserError(f"{place} has {num_samples} samples in split '{part.split}'; expected at least {needed}")
+
+
+def check_ranks(config: RunConfig, ranks: int) -> None:
+    """Refuse ranks that do not divide the global batch. Looks at no file.
+
+    Raises:
+        UserError: one line: what was found, what was expected.
+    """
     if config.train.global_batch % ranks:
         divisors = [str(n) for n in range(1, config.train.global_batch + 1) if config.train.global_batch % n == 0]
         raise UserError(
