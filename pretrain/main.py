@@ -41,6 +41,7 @@ COMMANDS = {
 LAUNCH_COMMANDS = {
     "local": Entry(target="launch.command:local", help="Train on several ranks of this machine."),
     "slurm": Entry(target="launch.slurm_command:slurm", help="Train as a Slurm job that requeues itself and resumes."),
+    "kubernetes": Entry(target="launch.kubernetes_command:kubernetes", help="Train in pods, as a JobSet."),
     "node": Entry(target="launch.command:node", help="One machine's ranks of a job; batch scripts call it."),
 }
 
