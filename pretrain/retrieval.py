@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data_pipeline.settings import nearest
-from pretrain.report import RetrievalMetrics, RetrievalReport, retrieval_metrics
+from pretrain.retrieval_report import RetrievalMetrics, RetrievalReport, retrieval_metrics
 
 TIE_TOLERANCE = 1e-7  # float32 embeddings carry no finer difference; a square root makes 1e-16 into 1e-8
 BLOCK_ELEMENTS = 1 << 22  # scores held at once: 32 MB of float64
