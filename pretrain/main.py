@@ -35,6 +35,7 @@ COMMANDS = {
     "inspect": Entry(target="pretrain.inspection.command:inspect", help="What a dataset holds and the model will see."),
     "pretrain": Entry(target="pretrain.command:pretrain", help="Train the towers of a config on this rank."),
     "evaluate": Entry(target="pretrain.command:evaluate", help="Retrieval metrics of a run on a dataset's split."),
+    "report": Entry(target="pretrain.report.command:report", help="report.html of a run, or of several compared."),
     "export": Entry(target="pretrain.export_command:export", help="The towers of a run, to use them elsewhere."),
     "embed": Entry(target="pretrain.export_command:embed", help="Embeddings of a dataset by an exported model."),
 }
