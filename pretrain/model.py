@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pretrain.config import RunConfig
 from pretrain.objectives import WeightedSum
 from pretrain.randomness import keyed_random
-from pretrain.towers.build import Towers
+from pretrain.towers.build import ModelConfig, Towers
 
 
 class PretrainModel(nn.Module):
@@ -19,7 +19,7 @@ class PretrainModel(nn.Module):
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         with keyed_random(config.seed, "weights"):
-            self.towers = Towers(config)
+            self.towers = Towers(ModelConfig.of(config))
         self.objective = WeightedSum(config.objective, config.towers.names)
 
     def forward(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import RunConfig
-from pretrain.towers.build import Towers
+from pretrain.towers.build import ModelConfig, Towers
 
 Inputs = dict[str, dict[str, Tensor]]
 SIZES: dict[str, Any] = {"width": 32, "depth": 1, "num_heads": 2}
@@ -40,7 +40,7 @@ def run_config(
 def build_towers(config: RunConfig, seed: int = 0) -> Towers:
     """Towers with weights drawn from `seed`."""
     torch.manual_seed(seed)
-    return Towers(config)
+    return Towers(ModelConfig.of(config))
 
 
 def draw_inputs(num: int, seed: int = 0) -> Inputs:

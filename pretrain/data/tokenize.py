@@ -19,7 +19,8 @@ PLACE = "towers.text.tokenizer"
 class Tokenizer:
     """Texts as rows of a fixed length.
 
-    name: `default`, or hf:NAME_OR_FOLDER. max_tokens: longer texts are cut, shorter ones padded with `pad_id`.
+    name: `default`, hf:NAME_OR_FOLDER, or file:PATH of a tokenizer.json with [PAD]. max_tokens: longer texts are cut,
+    shorter ones padded with `pad_id`.
 
     Raises:
         UserError: a name of another form, or a tokenizer that cannot be had.
@@ -28,8 +29,9 @@ class Tokenizer:
     def __init__(self, name: str, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         source, _, location = name.partition(":")
-        if name == "default":
-            self._encoder: Any = _from_file(DEFAULT_PATH)
+        self._is_file = name == "default" or (source == "file" and bool(location))
+        if self._is_file:
+            self._encoder: Any = _from_file(location or DEFAULT_PATH)
             self.vocab_size = int(self._encoder.get_vocab_size())
             self.pad_id = int(self._encoder.token_to_id("[PAD]") or 0)
             self._encoder.no_padding()
@@ -39,12 +41,11 @@ class Tokenizer:
             self.vocab_size = len(self._encoder)
             self.pad_id = int(self._encoder.pad_token_id or 0)
         else:
-            raise UserError(f"{PLACE}: expected 'default' or 'hf:NAME_OR_FOLDER', found '{name}'")
-        self._ours = name == "default"
+            raise UserError(f"{PLACE}: expected 'default' or 'hf:NAME_OR_FOLDER' or 'file:PATH', found '{name}'")
 
     def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Token ids int64 [max_tokens] and which of them are no padding, bool [max_tokens]."""
-        if self._ours:
+        if self._is_file:
             tokens = self._encoder.encode(text).ids
         else:
             tokens = self._encoder(text, truncation=True, max_length=self.max_tokens)["input_ids"]
@@ -56,13 +57,26 @@ class Tokenizer:
         """The text of each token, for people to read."""
         return [self._encoder.decode([number], skip_special_tokens=False) for number in ids]
 
+    def save(self, folder: Path) -> str:
+        """Write the tokenizer's files into `folder`; returns the name, relative to it, under which they are found."""
+        if self._is_file:
+            self._encoder.save(str(folder / "tokenizer.json"))
+            return "file:tokenizer.json"
+        self._encoder.save_pretrained(folder / "tokenizer")
+        return "hf:tokenizer"
 
-def _from_file(path: Path) -> Any:
+
+def _from_file(path: Path | str) -> Any:
     from tokenizers import Tokenizer as FastTokenizer
 
+    path = Path(path)
     if not path.is_file():
-        raise UserError(f"{PLACE}: the shipped tokenizer {path} is missing; reinstall parallelotope")
-    return FastTokenizer.from_file(str(path))
+        which = f"the shipped tokenizer {path} is missing; reinstall parallelotope"
+        raise UserError(f"{PLACE}: {which if path == DEFAULT_PATH else f'file:{path}: no such file'}")
+    try:
+        return FastTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare exceptions
+        raise UserError(f"{PLACE}: file:{path}: not a tokenizer ({textwrap.shorten(str(error), 200)})") from error
 
 
 def _from_transformers(location: str) -> Any:

@@ -6,14 +6,15 @@ import logging
 import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from data_pipeline.settings import UserError
-from pretrain.config import RunConfig, TowerConfig
+from data_pipeline.settings import Settings, UserError
+from pretrain.config import RunConfig, TowerConfig, TowersConfig
 from pretrain.data.tokenize import Tokenizer
 from pretrain.heads.projection import Projection
 from pretrain.towers.audio import AudioTower
@@ -25,6 +26,25 @@ Around = Callable[[str], AbstractContextManager[None]]
 NOT_DECAYED = (
     "_token", "pos_embed", "position_embedding", "token_type_embeddings", "time_embedding", "relative_position",
 )  # fmt: skip
+
+
+class ModelConfig(Settings):
+    """What the towers of a run are built from; an export keeps this much of a run's config."""
+
+    towers: TowersConfig
+    window_s: PositiveFloat
+    embedding_dim: PositiveInt
+    precision: Literal["fp32", "bf16"]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> ModelConfig:
+        """The part of a run's config that its towers depend on."""
+        return ModelConfig(
+            towers=config.towers,
+            window_s=config.data.window_s,
+            embedding_dim=config.embedding_dim,
+            precision=config.train.precision,
+        )
 
 
 class Tower(nn.Module):
@@ -41,14 +61,14 @@ class Tower(nn.Module):
     encoder: VideoTower | AudioTower | TextTower
 
     def __init__(
-        self, name: str, encoder: VideoTower | AudioTower | TextTower, config: TowerConfig, run: RunConfig
+        self, name: str, encoder: VideoTower | AudioTower | TextTower, own: TowerConfig, model: ModelConfig
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.projection = Projection(encoder.width, run.embedding_dim)
-        self.frozen = config.freeze
-        self.autocast = run.train.precision == "bf16"
-        if config.freeze:
+        self.projection = Projection(encoder.width, model.embedding_dim)
+        self.frozen = own.freeze
+        self.autocast = model.precision == "bf16"
+        if own.freeze:
             encoder.encoder.requires_grad_(False).eval()
         else:
             _refuse_batch_norm(name, encoder.encoder)
@@ -72,7 +92,7 @@ class Tower(nn.Module):
 class Towers(nn.Module):
     """The towers of a run, always called all and in the same order."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.names = config.towers.names
         self.towers = nn.ModuleDict({name: build_tower(name, config) for name in self.names})
@@ -88,8 +108,10 @@ class Towers(nn.Module):
         return found
 
 
-def build_tower(name: str, config: RunConfig) -> Tower:
+def build_tower(name: str, config: ModelConfig) -> Tower:
     """The tower of a modality, with published weights or with weights from torch's current random state.
+
+    Built under `torch.no_grad()` it is not asked which of its parameters can be trained.
 
     Raises:
         UserError: the encoder or its weights cannot be had, or do not fit.
@@ -100,14 +122,14 @@ def build_tower(name: str, config: RunConfig) -> Tower:
         encoder = VideoTower(config.towers.video)
     elif name == "audio":
         assert config.towers.audio is not None
-        encoder = AudioTower(config.towers.audio, config.data.window_s)
+        encoder = AudioTower(config.towers.audio, config.window_s)
     else:
         assert config.towers.text is not None
         tokenizer = Tokenizer(config.towers.text.tokenizer, config.towers.text.max_tokens)
         encoder = TextTower(config.towers.text, tokenizer.vocab_size)
     own: TowerConfig = getattr(config.towers, name)
     tower = Tower(name, encoder, own, config)
-    if isinstance(own.encoder, str):
+    if isinstance(own.encoder, str) and torch.is_grad_enabled():
         _freeze_unused(name, tower, config)
     return tower
 
@@ -126,7 +148,7 @@ def _refuse_batch_norm(name: str, encoder: nn.Module) -> None:
             )
 
 
-def example_inputs(name: str, config: RunConfig) -> dict[str, Tensor]:
+def example_inputs(name: str, config: ModelConfig) -> dict[str, Tensor]:
     """One sample of zeros as the loader would give it."""
     if name == "video":
         video = config.towers.video
@@ -136,7 +158,7 @@ def example_inputs(name: str, config: RunConfig) -> dict[str, Tensor]:
     if name == "audio":
         audio = config.towers.audio
         assert audio is not None
-        length = round(config.data.window_s * audio.sample_rate_hz)
+        length = round(config.window_s * audio.sample_rate_hz)
         return {"waveform": torch.zeros(1, length, dtype=torch.int16), "num_samples": torch.tensor([length])}
     text = config.towers.text
     assert text is not None
@@ -144,7 +166,7 @@ def example_inputs(name: str, config: RunConfig) -> dict[str, Tensor]:
     return {"token_ids": ids, "token_mask": torch.ones(1, text.max_tokens, dtype=torch.bool)}
 
 
-def _freeze_unused(name: str, tower: Tower, config: RunConfig) -> None:
+def _freeze_unused(name: str, tower: Tower, config: ModelConfig) -> None:
     """Published models carry parameters our use of them never reaches (poolers, mask tokens): not to be trained.
 
     Raises:
