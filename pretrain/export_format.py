@@ -19,8 +19,8 @@ from data_pipeline.shards import file_sha256
 from pretrain.config import TowersConfig
 from pretrain.towers.build import ModelConfig
 
-FORMAT = "parallelotope-export"
-FORMAT_VERSION = 1
+FORMAT: Literal["parallelotope-export"] = "parallelotope-export"
+FORMAT_VERSION: Literal[1] = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 

@@ -43,8 +43,10 @@ LAUNCH_COMMANDS = {
     "local": Entry(target="launch.command:local", help="Train on several ranks of this machine."),
     "slurm": Entry(target="launch.slurm_command:slurm", help="Train as a Slurm job that requeues itself and resumes."),
     "kubernetes": Entry(target="launch.kubernetes_command:kubernetes", help="Train in pods, as a JobSet."),
+    "ray": Entry(target="launch.ray_command:ray", help="Shard a corpus as a job of a Ray cluster."),
     "node": Entry(target="launch.command:node", help="One machine's ranks of a job; batch scripts call it."),
 }
+EXTRA_PACKAGES = ("deepspeed", "ray", "webdataset", "tensorboard", "plotly", "jinja2")  # of the extra `train`
 
 
 def _lazy_group(entries: dict[str, Entry]) -> type[TyperGroup]:
@@ -110,10 +112,21 @@ def check_siblings() -> None:
 
 
 def main() -> None:
-    """Run the command line; a `UserError` is printed in one line and exits with 2."""
+    """Run the command line; a `UserError` is printed in one line and exits with 2.
+
+    So does a package of the `train` extra that is not there: using a model takes less than making one.
+    """
     try:
         check_siblings()
         build_app()()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRA_PACKAGES:
+            raise
+        command = " ".join(["parallelotope", *sys.argv[1:2]])
+        hint = "which is not installed: pip install 'parallelotope[train]'"
+        print(f"error: {command} needs {package}, {hint}", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
