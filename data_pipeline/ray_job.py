@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from data_pipeline.config import RayConfig
 from data_pipeline.plan import Task
-from data_pipeline.settings import UserError
-
-OBJECT_STORE_BYTES = 128 << 20  # results are small records; Ray would take a third of the memory
-TOKEN, MODE, USAGE = "RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"
+from data_pipeline.ray_connection import connected
 
 
 def run_on_ray(
@@ -30,7 +23,7 @@ def run_on_ray(
     Returns: for each task that failed `max_attempts` times, its name and the last error. The others are unaffected.
     """
     failures: dict[str, str] = {}
-    with _ray(config) as ray:
+    with connected(config) as ray:
         remote = ray.remote(num_cpus=1, max_retries=0)(work)  # attempts are counted here, whatever the cause
         waiting = deque((task, 1) for task in tasks)
         running: dict[Any, tuple[Task, int]] = {}
@@ -56,52 +49,8 @@ def run_on_ray(
 def _first_words(error: Exception) -> str:
     """The cause in one line: a task's own exception, or what Ray says of a dead worker."""
     cause = getattr(error, "cause", None)
+    if isinstance(cause, ModuleNotFoundError):
+        return f"{cause}: a worker's machine lacks it; expected the same parallelotope on every node of the cluster"
     if isinstance(cause, Exception):
         return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
-
-@contextmanager
-def _ray(config: RayConfig) -> Iterator[Any]:
-    """The `ray` module, connected. A cluster that is already there is left running; an own one is shut down."""
-    import ray
-
-    if ray.is_initialized():
-        yield ray
-        return
-    environment = {name: os.environ.get(name) for name in (TOKEN, MODE, USAGE)}
-    common = {"logging_level": "ERROR", "log_to_driver": False}
-    try:
-        os.environ[USAGE] = "0"
-        if config.address is None:
-            # Without a token in the environment, Ray would write one into the home folder and then demand it there.
-            os.environ.setdefault(TOKEN, secrets.token_hex(32))
-            num_cpus = config.num_cpus or len(os.sched_getaffinity(0))
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **common,
-            )
-        else:
-            try:
-                _knock(config.address)
-                ray.init(address=config.address, **common)
-            except (OSError, RuntimeError, ValueError) as error:
-                words = " ".join(str(error).split())[:200]
-                raise UserError(
-                    f"ray.address {config.address}: no Ray cluster can be reached there: {words}"
-                ) from error
-        yield ray
-    finally:
-        ray.shutdown()
-        for name, value in environment.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-
-
-def _knock(address: str) -> None:
-    """Raises OSError at once where nobody listens at HOST:PORT; Ray itself would try for minutes."""
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit() and "://" not in address:
-        socket.create_connection((host, int(port)), timeout=10).close()

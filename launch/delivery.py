@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import yaml
+from data_pipeline.settings import UserError
 
-from data_pipeline.settings import Settings, UserError
-
-MAX_BYTES = 100_000  # Linux takes 128 KiB an argument
-# $1: the config's text, the rest: a command that takes the config's path as its last argument.
+VARIABLE = "PARALLELOTOPE_CONFIG"
+MAX_BYTES = 100_000  # Linux takes 128 KiB a variable
 SCRIPT = """\
-command -v "$2" > /dev/null || { echo "error: no '$2' on the PATH of $(hostname); expected parallelotope installed there" >&2; exit 127; }
-config=$(mktemp) && printf %s "$1" > "$config" && shift && exec "$@" "$config"
+command -v "$1" > /dev/null || { echo "error: no '$1' on the PATH of $(hostname); expected it installed there" >&2; exit 127; }
+config=$(mktemp) && printf %s "$PARALLELOTOPE_CONFIG" > "$config" && exec "$@" "$config"
 """  # noqa: E501
 
 
-def with_config(command: Sequence[str], settings: Settings) -> tuple[str, ...]:
-    """`command CONFIG` as the arguments of a process that brings the resolved config along.
+def with_config(command: Sequence[str]) -> tuple[str, ...]:
+    """`command CONFIG` as the arguments of a process that finds the config's text in `VARIABLE`.
 
-    Nothing is pasted into the script: the config and the command are arguments of it.
+    Nothing is pasted into the script: the command's words are its arguments.
+    """
+    return ("/bin/sh", "-c", SCRIPT, "sh", *command)
+
+
+def check_size(text: str) -> str:
+    """`text`, when a variable can hold it.
 
     Raises:
-        UserError: the config is too large for that.
+        UserError: it is too large.
     """
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     num_bytes = len(text.encode())
     if num_bytes > MAX_BYTES:
         raise UserError(f"config: {num_bytes} bytes when resolved; expected at most {MAX_BYTES} to travel with a job")
-    return ("/bin/sh", "-c", SCRIPT, "parallelotope", text, *command)
+    return text

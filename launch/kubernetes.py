@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.settings import UserError
+from launch.delivery import VARIABLE as CONFIG
 from launch.failures import LIFE
 from launch.plan import EXIT_RUN_AGAIN
 
@@ -52,10 +53,11 @@ class SecretVariable:
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesJob:
-    """Everything a manifest says. `command` starts the ranks of one pod."""
+    """Everything a manifest says. `command` starts the ranks of one pod; it finds `config`, a YAML, in `VARIABLE`."""
 
     name: str
     image: str
+    config: str
     command: tuple[str, ...]
     num_nodes: int
     ranks_per_node: int = 1
@@ -166,6 +168,7 @@ def _environment(job: KubernetesJob) -> list[dict[str, Any]]:
     return [
         {"name": "JOBSET_RESTART_ATTEMPT", "valueFrom": restarts},
         {"name": LIFE, "value": f"{job.name}.$(JOBSET_RESTART_ATTEMPT)"},
+        {"name": CONFIG, "value": _literal(job.config)},
         *({"name": name, "value": _literal(value)} for name, value in values.items()),
         *(
             {"name": s.variable, "valueFrom": {"secretKeyRef": {"name": s.secret, "key": s.key}}}

@@ -6,10 +6,11 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 import typer
+import yaml
 
 from data_pipeline.settings import UserError, load_settings
 from launch.command import ConfigPath, Overrides
-from launch.delivery import with_config
+from launch.delivery import check_size, with_config
 from launch.kubernetes import (
     KubernetesJob,
     Volume,
@@ -61,7 +62,8 @@ def kubernetes(
     job = KubernetesJob(
         name=job_name,
         image=image,
-        command=with_config(node_command(job_name, nodes, ranks), settings),
+        config=check_size(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)),
+        command=with_config(node_command(job_name, nodes, ranks)),
         num_nodes=nodes,
         ranks_per_node=ranks,
         gpus_per_node=gpus_per_node,

@@ -120,10 +120,11 @@ def test_the_config_in_the_manifest_is_the_resolved_one(config: Path, tmp_path: 
     )
     stand_in.chmod(0o755)
     overrides = ['data.train.path="/sets/it\'s $HOME `x` é"', "optimizer.lr=1e-4"]
-    command = pod(manifest(str(config), *overrides, *EVERYTHING))["containers"][0]["command"]
-    given = [argument.replace("$$", "$") for argument in command]  # as Kubernetes does
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    subprocess.run(given, check=True, env=os.environ | {"PATH": path, "KEPT": str(tmp_path)})
+    (container,) = pod(manifest(str(config), *overrides, *EVERYTHING))["containers"]
+    given = [argument.replace("$$", "$") for argument in container["command"]]  # as Kubernetes does
+    env = {variable["name"]: variable.get("value", "").replace("$$", "$") for variable in container["env"]}
+    env |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "KEPT": str(tmp_path)}
+    subprocess.run(given, check=True, env=env)
     assert load_settings(RunConfig, tmp_path / "c") == load_settings(RunConfig, config, overrides)
     assert (tmp_path / "arguments").read_text().splitlines()[:2] == ["launch", "node"]
 
