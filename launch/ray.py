@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -76,15 +77,17 @@ def job_client(address: str) -> Iterator[Any]:
 
 
 def _has_token() -> bool:
-    """Whether the environment has a token. Raises UserError where it names a file that cannot be read."""
+    """Whether Ray will find a token. Raises UserError where the environment names a file that cannot be read."""
+    if os.environ.get(TOKEN):
+        return True
     path = os.environ.get(TOKEN_PATH)
-    if path and not os.environ.get(TOKEN):
-        try:
-            with open(path, encoding="utf-8"):
-                return True
-        except OSError as error:
-            raise UserError(f"{TOKEN_PATH} {path}: cannot be read: {error.strerror}") from error
-    return bool(os.environ.get(TOKEN))
+    if not path:
+        return (Path.home() / ".ray" / "auth_token").is_file()
+    try:
+        with open(path, encoding="utf-8"):
+            return True
+    except OSError as error:
+        raise UserError(f"{TOKEN_PATH} {path}: cannot be read: {error.strerror}") from error
 
 
 def _knock(address: str) -> None:
@@ -113,10 +116,11 @@ async def _follow(client: Any, job_id: str) -> None:
 
 
 def exit_code(client: Any, job_id: str) -> tuple[int, str]:
-    """The code of a job that has ended, or is about to, and what Ray says of it."""
+    """The code of a job that has ended, or is about to, and how it ended in words."""
     while not (info := client.get_job_info(job_id)).status.is_terminal():
         time.sleep(POLL_S)
     if info.status == "SUCCEEDED":
         return 0, "finished"
-    words = " ".join((info.message or "").split())
-    return info.driver_exit_code or 1, f"{info.status.value.lower()}: {words[:200]}"
+    if info.driver_exit_code:
+        return info.driver_exit_code, f"{info.status.value.lower()} with code {info.driver_exit_code}; see above"
+    return 1, f"{info.status.value.lower()}: {' '.join((info.message or '').split())[:200]}"

@@ -13,6 +13,8 @@ from launch.command import Overrides
 from launch.ray import exit_code, follow, job_client, job_request
 from launch.rendezvous import say
 
+EXIT_INTERRUPTED = 130
+
 
 def ray(
     config: Annotated[Path, typer.Argument(help="YAML of data_pipeline.config.ShardConfig.")],
@@ -45,7 +47,6 @@ def ray(
             follow(client, job_id)
             code, words = exit_code(client, job_id)
         except KeyboardInterrupt:
-            say(f"job {job_id} goes on without us; follow it: {to_follow}; stop it: {to_stop}")
-            raise typer.Exit(130) from None
-        say(f"job {job_id} {words}")
+            code, words = EXIT_INTERRUPTED, f"goes on without us; follow it: {to_follow}; stop it: {to_stop}"
+    say(f"job {job_id} {words}")
     raise typer.Exit(code)
