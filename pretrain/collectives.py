@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +16,14 @@ from torch import Tensor
 class World:
     """The ranks that share a global batch. Every rank holds equally many rows, rank r the r-th block of them.
 
-    device: where this rank computes, and where the tensors of its collectives live.
+    device: where this rank computes, and where the tensors of its collectives live. around(): a context around each
+    exchange with other ranks, for timing; it includes the wait for the slowest of them.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def gather_rows(self, local: Tensor) -> Tensor:
         """[n, ...] on each rank -> [size * n, ...] in rank order on all; backward sums the gradients of all ranks."""
@@ -40,7 +44,8 @@ class World:
     def _reduce(self, value: Tensor, operation: Any) -> Tensor:
         result = value.detach().clone()
         if self.size > 1:
-            dist.all_reduce(result, op=operation)
+            with self.around():
+                dist.all_reduce(result, op=operation)
         return result
 
     def any(self, here: bool) -> bool:
@@ -64,7 +69,8 @@ class _GatherRows(torch.autograd.Function):
         # Booleans travel as bytes: not every backend takes them.
         wire = local.to(torch.uint8) if local.dtype == torch.bool else local
         gathered = wire.new_empty((world.size * wire.shape[0], *wire.shape[1:]))
-        dist.all_gather_single(gathered, wire)
+        with world.around():
+            dist.all_gather_single(gathered, wire)
         return gathered.to(local.dtype)
 
     @staticmethod
@@ -72,5 +78,6 @@ class _GatherRows(torch.autograd.Function):
         world: World = ctx.world
         grad = grads[0].contiguous()
         own = grad.new_empty((grad.shape[0] // world.size, *grad.shape[1:]))
-        dist.reduce_scatter_single(own, grad, op=dist.ReduceOp.SUM)
+        with world.around():
+            dist.reduce_scatter_single(own, grad, op=dist.ReduceOp.SUM)
         return own, None

@@ -42,7 +42,7 @@ def evaluate(
     checkpoint: Annotated[str, typer.Option(help="best or last.")] = "best",
     workers: Annotated[int, typer.Option(help="Decoding processes.")] = 2,
 ) -> None:
-    """Retrieval of a run on a split: a table, and RUN/evaluation-SPLIT.json."""
+    """Retrieval of a run on a split: a table, RUN/evaluation-SPLIT.json, and RUN/report.html with a gallery of it."""
     if checkpoint not in ("best", "last"):
         raise UserError(f"--checkpoint {checkpoint}: {nearest(checkpoint, ['best', 'last'])}")
     if not run.is_dir():
@@ -53,12 +53,20 @@ def evaluate(
     from rich.console import Console
 
     from pretrain.evaluate import evaluate_run
+    from pretrain.kept_embeddings import embeddings_path
 
-    report, source = evaluate_run(run, data, split, checkpoint, workers)
+    report, source, kept = evaluate_run(run, data, split, checkpoint, workers)
     target = folder / f"evaluation-{split}.json"
-    write_json(target, {"checkpoint": source.name, "data": str(data), "split": split, **report.to_json()})
+    kept.save(embeddings_path(folder, target.stem))
+    write_json(
+        target,
+        {"checkpoint": source.name, "step": kept.step, "data": str(data), "split": split, **report.to_json()},
+    )
     console = Console()
     console.print(report.table(f"{run} ({source.name}) on {split}"))
     for warning in report.warnings:
         console.print(f"warning: {warning}", markup=False)
     console.print(f"written to {json.dumps(str(target))}", markup=False, highlight=False)
+    from pretrain.report.command import refresh_page
+
+    console.print(refresh_page(folder), markup=False, highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from pretrain.config import RunConfig
 from pretrain.data.loader import EvalLoader
 from pretrain.engine import Engine
 from pretrain.grad_cache import no_stage
+from pretrain.kept_embeddings import KeptEmbeddings
 from pretrain.model import PretrainModel
 from pretrain.retrieval import RetrievalReport, evaluate_retrieval
 
@@ -26,8 +27,9 @@ Forward = Callable[[dict[str, dict[str, Tensor]], dict[str, Tensor]], dict[str, 
 @torch.no_grad()
 def embed_split(
     forward: Forward, loader: EvalLoader, config: RunConfig, world: World = ALONE
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Embeddings {modality: [n, D]} and presence {modality: bool [n]} of all samples of all ranks, on the CPU.
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Embeddings {modality: [n, D]}, presence {modality: bool [n]} and positions int64 [n] of all samples of all ranks,
+    on the CPU.
 
     Every rank calls `forward` equally often (a rank that has fewer batches repeats its last one and drops the result),
     so that a sharded model can be used.
@@ -35,11 +37,13 @@ def embed_split(
     names = config.towers.names
     vectors: dict[str, list[Tensor]] = {name: [] for name in names}
     present: dict[str, list[Tensor]] = {name: [] for name in names}
+    positions: list[Tensor] = []
     calls = 0
     for batch in loader:
         inputs, masks = batch.chunk(0, batch.num_samples, world.device)
         found = forward(inputs, masks)
         calls += 1
+        positions.append(batch.ids.to(world.device))
         for name in names:
             vectors[name].append(found[name].float())
             present[name].append(masks[name])
@@ -51,6 +55,7 @@ def embed_split(
     return (
         {name: _gather_ragged(torch.cat([empty, *parts]), world).cpu() for name, parts in vectors.items()},
         {name: _gather_ragged(torch.cat([nothing, *parts]), world).cpu() for name, parts in present.items()},
+        _gather_ragged(torch.cat([nothing.long(), *positions]), world).cpu(),
     )
 
 
@@ -76,23 +81,25 @@ def own_score(config: RunConfig) -> str:
 
 
 def validation_score(
-    engine: Engine, dataset: ShardedDataset, config: RunConfig, world: World
-) -> tuple[dict[str, Any], float]:
-    """Report as JSON, and R@1 of anchor -> all other modalities by the run's own score. A collective call."""
+    engine: Engine, dataset: ShardedDataset, config: RunConfig, world: World, step: int
+) -> tuple[dict[str, Any], float, KeptEmbeddings]:
+    """Report as JSON, R@1 of anchor -> all other modalities by the run's own score, and the embeddings after `step`.
+
+    A collective call.
+    """
     loader = EvalLoader(
         dataset, config.data, config.towers, batch_size=config.train.chunk, rank=world.rank, world=world.size,
         max_samples=config.validation.max_samples,
     )  # fmt: skip
     engine.train(False)
     try:
-        vectors, present = embed_split(
-            lambda inputs, masks: engine(inputs, masks, around=no_stage)[0], loader, config, world
-        )
+        embedded = embed_split(lambda inputs, masks: engine(inputs, masks, around=no_stage)[0], loader, config, world)
     finally:
         engine.train(True)
         loader.close()
-    report = evaluate_retrieval(vectors, present, anchor=anchor_of(config))
-    return report.to_json(), headline(report, config)
+    kept = KeptEmbeddings.of(dataset, step, *embedded)
+    report = evaluate_retrieval(kept.vectors, kept.present, anchor=anchor_of(config))
+    return report.to_json(), headline(report, config), kept
 
 
 def headline(report: RetrievalReport, config: RunConfig) -> float:
@@ -121,8 +128,10 @@ def load_run(run: Path, which: str = "best") -> tuple[RunConfig, PretrainModel, 
     return config, model.eval(), source
 
 
-def evaluate_run(run: Path, data: Path, split: str, which: str, num_workers: int) -> tuple[RetrievalReport, Path]:
-    """Retrieval report of a run on a split of a dataset, and the checkpoint that was used."""
+def evaluate_run(
+    run: Path, data: Path, split: str, which: str, num_workers: int
+) -> tuple[RetrievalReport, Path, KeptEmbeddings]:
+    """Retrieval report of a run on a split of a dataset, the checkpoint that was used, and the embeddings."""
     dataset = ShardedDataset(data, split)
     config, model, source = load_run(run, which)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,9 +139,11 @@ def evaluate_run(run: Path, data: Path, split: str, which: str, num_workers: int
     data_config = config.data.model_copy(update={"num_workers": num_workers})
     loader = EvalLoader(dataset, data_config, config.towers, batch_size=config.train.chunk, rank=0, world=1)
     try:
-        vectors, present = embed_split(
+        embedded = embed_split(
             lambda inputs, masks: model(inputs, masks, around=no_stage)[0], loader, config, World(device=device)
         )
     finally:
         loader.close()
-    return evaluate_retrieval(vectors, present, anchor=anchor_of(config)), source
+    step = int(checkpoint.read_description(source)["progress"]["step"])
+    kept = KeptEmbeddings.of(dataset, step, *embedded)
+    return evaluate_retrieval(kept.vectors, kept.present, anchor=anchor_of(config)), source, kept

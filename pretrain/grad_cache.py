@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class GradCache:
 
     chunk: samples a rank holds activations for at once. seed: of the run; draws are keyed by
     (seed, step, tower, global micro-chunk). loss_dtype: in which the objective is computed. stage(name): context
-    around pass_1, objective, pass_2, for timing.
+    around pass_1, objective, pass_2, for timing; around gather, inside objective: what its ranks tell each other.
     """
 
     engine: Engine
@@ -94,7 +94,8 @@ class GradCache:
         with torch.enable_grad():
             present = {name: mask.to(self.world.device) for name, mask in batch.present.items()}
             embeddings = Embeddings(vectors=vectors, present=present, ids=batch.ids.to(self.world.device))
-            value = evaluate_terms(model.objective.terms(embeddings, scalars), self.world)
+            world = replace(self.world, around=lambda: self.stage("gather"))
+            value = evaluate_terms(model.objective.terms(embeddings, scalars), world)
         leaves = [*vectors.values(), *scalars.values()]
         grads = torch.autograd.grad(value.local_loss, leaves, materialize_grads=True)
         vector_grads = dict(zip(vectors, (grad.float() for grad in grads), strict=False))

@@ -21,23 +21,29 @@ from pretrain.data.batch import Batch
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
+STAGES = ("data", "pass_1", "gather", "objective", "pass_2", "step", "checkpoint", "validation", "report")
+BETWEEN_STEPS = ("checkpoint", "validation", "report")  # logged with the step after them
 
 
 class StageClock:
-    """Seconds spent in each named stage since the last `take`."""
+    """Seconds spent in each named stage since the last `take`; a stage inside another is not counted in the outer."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds: dict[str, float] = {}
+        self._inner_s = 0.0  # spent in stages inside the current one
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time what happens inside."""
-        started = self._now()
+        started, before = self._now(), self._inner_s
+        self._inner_s = 0.0
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
+            whole_s = self._now() - started
+            self._seconds[name] = self._seconds.get(name, 0.0) + whole_s - self._inner_s
+            self._inner_s = before + whole_s
 
     def take(self) -> dict[str, float]:
         """{"time_s/data": ...} so far; starts again from zero."""
@@ -85,7 +91,8 @@ class RunLog:
         ]
         times = {name.split("/")[1]: v for name, v in values.items() if name.startswith("time_s/")}
         shares = [f"{name} {100 * v / sum(times.values()):.0f}%" for name, v in times.items()]
-        left_s = (self._num_steps - step) * sum(times.values())
+        step_s = sum(seconds for name, seconds in times.items() if name not in BETWEEN_STEPS)
+        left_s = (self._num_steps - step) * step_s
         return (
             f"step {step}/{self._num_steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
             f"grad {values['grad_norm']:.2f}  cos {', '.join(cosines)}  {values['samples_per_s']:.0f} samples/s  "
@@ -104,6 +111,17 @@ class RunLog:
         """A line on the terminal, from rank 0."""
         if self._rank == 0:
             print(line, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def attempt(self, failure: str) -> Iterator[None]:
+        """What is inside may fail, whatever the reason: that is a line on the terminal, and the run goes on.
+
+        For what a run can do without and can have again later; nothing inside may talk to other ranks.
+        """
+        try:
+            yield
+        except Exception as error:  # a full disk, unreadable media, a missing library
+            self.say(f"{failure}: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def samples(self, step: int, batch: Batch) -> None:
         """The keys of this rank's samples of a step."""

@@ -24,7 +24,9 @@ from pretrain.engine import Engine
 from pretrain.evaluate import validation_score
 from pretrain.grad_cache import GradCache
 from pretrain.identity import Identity, check_identity, differences
+from pretrain.kept_embeddings import embeddings_path
 from pretrain.model import PretrainModel
+from pretrain.run_facts import RunFacts
 from pretrain.run_lock import hold_run
 from pretrain.run_log import RunLog, StageClock
 from pretrain.schedule import learning_rate
@@ -51,6 +53,7 @@ class Trainer:
         self.notes: list[str] = []
         model = PretrainModel(config)
         self.progress, tensors = self._restore(model)
+        self.facts = self._facts(model)
         groups = parameter_groups(model, config.optimizer.weight_decay)
         self.engine = Engine(model.to(world.device), groups, config, world)
         if tensors:
@@ -82,6 +85,22 @@ class Trainer:
         self.notes.append(f"resumed from {found}")
         return Progress(**description["progress"]), tensors
 
+    def _facts(self, model: PretrainModel) -> RunFacts:
+        """Counted before ZeRO takes the parameters apart."""
+        parts = dict.fromkeys((*self.config.towers.names, "objective"), 0)
+        for name, parameter in model.named_parameters():
+            parts[name.split(".")[2] if name.startswith("towers.") else "objective"] += parameter.numel()
+        device = self.world.device
+        held_out = self.validation
+        return RunFacts(
+            num_ranks=self.world.size,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            parameters=parts,
+            num_trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            num_train_samples=len(self.dataset),
+            num_validation_samples=None if held_out is None else min(len(held_out), self.config.validation.max_samples),
+        )
+
     def run(self) -> int:
         """Train to the last step of the schedule, or until asked to stop. Returns the exit code."""
         config, world = self.config, self.world
@@ -93,6 +112,7 @@ class Trainer:
         if world.rank == 0:
             self.notes += changed_settings(self.run_dir, config)
             write_run_config(self.run_dir, config)
+            self.facts.write(self.run_dir)
         with closing(loader), RunLog(self.run_dir, world.rank, resumed, last, config.train.log_every) as log:
             self._greet(log)
             world.barrier()  # nobody logs a step before rank 0 has cut the old log
@@ -111,10 +131,14 @@ class Trainer:
                 self.progress = replace(self.progress, step=step, position=batch.next_position)
                 stop, save, problems = self._agree(len(batch.events))
                 self._log(log, batch, {**metrics, "lr": lr, "grad_norm": grad_norm, "data_problems": problems})
-                if self.validation is not None and (step % config.validation.every_steps == 0 or step == last):
+                validate = self.validation is not None and (step % config.validation.every_steps == 0 or step == last)
+                if validate:
                     save = self._validate(log) or save
-                if save or stop or step % config.checkpoint.every_steps == 0 or step == last:
+                save = save or stop or step % config.checkpoint.every_steps == 0 or step == last
+                if save:
                     self._save()  # after the log, so that a kill loses no line of a saved step
+                if validate or stop or step == last or (save and self.validation is None):
+                    self._report(log, "finished" if step == last else "stopped" if stop else "training")
                 if stop and step < last:
                     log.say(f"stopped after step {step} by {self.stop.received or 'another rank'}; run again to go on")
                     return EXIT_RUN_AGAIN
@@ -140,13 +164,25 @@ class Trainer:
         """Score the validation split; returns whether it is the best so far, which is to be saved."""
         assert self.validation is not None
         with self.clock.stage("validation"):
-            report, score = validation_score(self.engine, self.validation, self.config, self.world)
-        step = self.progress.step
+            step = self.progress.step
+            report, score, kept = validation_score(self.engine, self.validation, self.config, self.world, step)
         log.validation(step, report, score)
+        if self.world.rank == 0:
+            with self.clock.stage("report"), log.attempt(f"step {step}: embeddings were not kept"):
+                kept.save(embeddings_path(self.run_dir, "validation"))
         improved = self.progress.best_score is None or score > self.progress.best_score
         if improved:
             self.progress = replace(self.progress, best_score=score, best_step=step)
         return improved
+
+    def _report(self, log: RunLog, state: str) -> None:
+        """report.html of the run so far, by rank 0."""
+        if self.world.rank != 0:
+            return
+        with self.clock.stage("report"), log.attempt(f"step {self.progress.step}: no report"):
+            from pretrain.report.page import PAGE, write_report
+
+            write_report([self.run_dir], self.run_dir / PAGE, state=state)
 
     def _log(self, log: RunLog, batch: Batch, metrics: dict[str, float]) -> None:
         step, times = self.progress.step, self.clock.take()
@@ -160,7 +196,6 @@ class Trainer:
         """Derived numbers, named once."""
         config, world = self.config, self.world
         local_batch = config.train.global_batch // world.size
-        trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.engine.trainable())
         for note in self.notes:
             log.say(note)
         if self.progress.step >= config.schedule.num_steps:
@@ -169,7 +204,8 @@ class Trainer:
         log.say(
             f"{world.size} ranks x {local_batch} samples = global batch {config.train.global_batch}, "
             f"{math.ceil(local_batch / config.train.chunk)} gradient-cache chunks a step, "
-            f"ZeRO stage {config.train.zero_stage}, {config.train.precision}, {trained:,} trained parameters, "
+            f"ZeRO stage {config.train.zero_stage}, {config.train.precision}, "
+            f"{self.facts.num_trained_parameters:,} trained parameters, "
             f"{len(self.dataset):,} training samples; steps {self.progress.step + 1} to {config.schedule.num_steps}"
         )
 
