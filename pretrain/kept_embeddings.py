@@ -59,13 +59,12 @@ class KeptEmbeddings:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         source = {"data": self.data, "split": self.split, "digest": self.digest, "step": self.step}
+        metadata = {"format": FORMAT, "source": json.dumps(source), "modalities": json.dumps(list(self.vectors))}
         tensors = {f"vectors/{name}": rows.contiguous() for name, rows in self.vectors.items()}
         tensors |= {f"present/{name}": mask.contiguous() for name, mask in self.present.items()}
         partial = partial_path(path)
         try:
-            save_file(
-                tensors | {"positions": self.positions}, partial, {"format": FORMAT, "source": json.dumps(source)}
-            )
+            save_file(tensors | {"positions": self.positions}, partial, metadata)
             publish(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -79,11 +78,12 @@ class KeptEmbeddings:
         """
         try:
             with safe_open(path, framework="pt") as stream:
-                source = json.loads((stream.metadata() or {})["source"])
+                metadata = stream.metadata() or {}
+                source, modalities = json.loads(metadata["source"]), json.loads(metadata["modalities"])
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a mapping
             return cls(
-                vectors=_under("vectors/", tensors),
-                present=_under("present/", tensors),
+                vectors={name: tensors[f"vectors/{name}"] for name in modalities},
+                present={name: tensors[f"present/{name}"] for name in modalities},
                 positions=tensors["positions"],
                 **source,
             )
@@ -94,7 +94,3 @@ class KeptEmbeddings:
 def embeddings_path(run: Path, name: str) -> Path:
     """Where a run keeps the embeddings called `name`: validation, or evaluation-SPLIT."""
     return run / "embeddings" / f"{name}.safetensors"
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

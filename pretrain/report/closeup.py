@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,10 +61,10 @@ def make_closeup(run: RunHistory, evaluated: EvaluatedSet, max_bytes: int) -> Cl
     groups = {score: [row for row in metrics if row["score"] == score] for score in {r["score"]: 0 for r in metrics}}
     base: dict[str, Any] = {
         "title": evaluated.name,
-        "note": _note(evaluated),
+        "note": _note(run, evaluated),
         "rows": [_row(row) for row in metrics],
-        "retrieval": Panel(title="Retrieval", figure=figures.figure_json(figures.retrieval_figure(groups))),
-        "cosines": list(evaluated.result["positive_cosine"].items()),
+        "retrieval": Panel(title="R@1 by direction", figure=figures.figure_json(figures.retrieval_figure(groups))),
+        "cosines": _in_order(run, evaluated.result["positive_cosine"]),
     }
     try:
         kept = _load(evaluated)
@@ -104,11 +105,16 @@ def _load(evaluated: EvaluatedSet) -> KeptEmbeddings:
     return kept
 
 
-def _note(evaluated: EvaluatedSet) -> str:
+def _note(run: RunHistory, evaluated: EvaluatedSet) -> str:
     result = evaluated.result
-    there = ", ".join(f"{name} {count:,}" for name, count in result["num_present"].items())
+    there = ", ".join(f"{result['num_present'][name]:,} {name}" for name in run.config.towers.names)
     step = "" if evaluated.step is None else f" after step {evaluated.step:,}"
-    return f"{result['num_samples']:,} samples{step}; of these have {there}"
+    return f"{result['num_samples']:,} samples{step}; of these have: {there}"
+
+
+def _in_order(run: RunHistory, cosines: dict[str, float | None]) -> list[tuple[str, float | None]]:
+    names = ["-".join(pair) for pair in itertools.combinations(run.config.towers.names, 2)]
+    return [(name, cosines[name]) for name in names if name in cosines]
 
 
 def _row(row: dict[str, Any]) -> RetrievalRow:
@@ -122,7 +128,7 @@ def _row(row: dict[str, Any]) -> RetrievalRow:
         recall_at_10=f"{100 * row['recall_at_10']:.1f}",
         median_rank="–" if row["median_rank"] is None else f"{row['median_rank']:g}",
         chance=f"{100 * row['chance_recall_at_1']:.2f}",
-        count=f"{row['num_queries']:,} of {row['num_candidates']:,}",
+        count=f"{row['num_queries']:,} / {row['num_candidates']:,}",
         width=round(100 * row["recall_at_1"], 1),
     )
 

@@ -51,7 +51,7 @@ def _figure(x: dict[str, Any], y: dict[str, Any], **layout: Any) -> go.Figure:
         "template": "none", "height": HEIGHT_PX, "margin": {"l": 12, "r": 12, "t": 8, "b": 8}, "hovermode": "x unified",
         "xaxis": {"automargin": True, "showgrid": False, "zeroline": False, "ticks": "outside", "ticklen": 4, **x},
         "yaxis": {"automargin": True, "zeroline": False, "nticks": 6, **y},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"},
+        "showlegend": False,  # the page draws it, where it wraps as text does
     }  # fmt: skip
     return go.Figure(layout=base | layout)
 
@@ -64,7 +64,7 @@ def colours_for(names: Sequence[str]) -> dict[str, str]:
 
 def curves_figure(curves: Mapping[str, Curve], y_title: str, *, markers: bool = False, **y: Any) -> go.Figure:
     """Metrics over steps; a name for each line where there are several."""
-    figure = _figure({"title": {"text": "step"}}, {"title": {"text": y_title}, **y}, showlegend=len(curves) > 1)
+    figure = _figure({"title": {"text": "step"}}, {"title": {"text": y_title}, **y})
     colours = colours_for(list(curves))
     for name, curve in curves.items():
         points = markers or len(curve.steps) == 1
@@ -96,7 +96,7 @@ def time_figure(steps: Sequence[int], seconds: Mapping[str, Sequence[float]], to
     """Seconds a step in each stage, stacked; the legend says each stage's share of the whole run."""
     figure = _figure(
         {"title": {"text": "step"}}, {"title": {"text": "seconds a step"}},
-        barmode="stack", bargap=0.08, height=320,
+        barmode="stack", bargap=0.08, height=300,
     )  # fmt: skip
     whole_s = sum(totals.values()) or 1.0
     for place, (stage, values) in enumerate(seconds.items()):
@@ -125,7 +125,7 @@ def retrieval_figure(groups: Mapping[str, Sequence[dict[str, Any]]]) -> go.Figur
     figure = _figure(
         {"title": {"text": "R@1 (%)"}, "range": [-2, 102], "showgrid": True},
         {"range": [len(order) - 0.5, -0.5], "tickvals": list(range(len(order))), "ticktext": order, "nticks": None},
-        hovermode="closest", height=110 + max(34, 16 * len(groups)) * len(order),
+        hovermode="closest", height=60 + max(34, 16 * len(groups)) * len(order),
     )  # fmt: skip
     colours = SCORE_COLOURS if not by_run else run_colours(list(groups))
     several = [name for name in groups if by_run or name != "cosine"]  # drawn beside each other on a line

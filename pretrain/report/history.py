@@ -173,7 +173,7 @@ def _sets(folder: Path, validations: list[dict[str, Any]]) -> list[EvaluatedSet]
         newest = validations[-1]
         path = embeddings_path(folder, "validation")
         sets.append(EvaluatedSet(name="validation", step=newest["step"], result=newest, embeddings=path))
-    for path in sorted(folder.glob("evaluation-*.json")):
+    for path in sorted(folder.glob("evaluation-*.json"), key=lambda path: path.stem):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             name, metrics = result["split"], result["metrics"]

@@ -212,7 +212,6 @@ def _compared(
     colours = figures.run_colours([run.name for run in runs])
     for trace in figure.data:
         trace.line.color = colours[trace.name]
-    figure.update_layout(showlegend=True)
     return Panel(title=title, figure=figures.figure_json(figure))
 
 

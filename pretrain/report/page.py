@@ -92,6 +92,7 @@ def render(runs: Sequence[RunHistory]) -> str:
         settings=overview.differing_settings(runs) if several else [],
         compared=_compared_sets(runs) if several else [],
         closeups=[make_closeup(looked_at, evaluated, MEDIA_BYTES // len(shown)) for evaluated in shown],
+        selected=next((n for n, evaluated in enumerate(shown, start=1) if evaluated.name != "validation"), 1),
         looked_at=looked_at.name,
         left_out=[evaluated.name for evaluated in looked_at.sets[MAX_CLOSEUPS:]],
         colours=figures.MODALITY_COLOURS,
