@@ -116,4 +116,5 @@ def describe(place: Place) -> str:
 
 def say(line: str) -> None:
     """A line of the launcher."""
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{line}\n")  # at once: the launchers of other nodes may write into the same log
+    sys.stderr.flush()

@@ -107,10 +107,13 @@ def _end_lines(job: SlurmJob) -> list[str]:
     return [
         *lines,
         f'if [ "$code" -eq {EXIT_RUN_AGAIN} ]; then',
-        f'    if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.max_requeues} ]; then',
-        '        scontrol requeue "$SLURM_JOB_ID" && sleep 120  # until Slurm ends this script: leaving ends the job',
+        '    if scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then',
+        '        echo "parallelotope: cancelled, not requeued"',
+        f'    elif [ "${{SLURM_RESTART_COUNT:-0}}" -ge {job.max_requeues} ]; then',
+        f'        echo "parallelotope: not requeued again after {job.max_requeues} times"',
+        '    elif scontrol requeue "$SLURM_JOB_ID"; then',
+        "        sleep 120  # Slurm ends this script; one that ends by itself ends the job",
         "    fi",
-        f'    echo "parallelotope: not requeued after ${{SLURM_RESTART_COUNT:-0}} of at most {job.max_requeues} times"',
         "fi",
         'exit "$code"',
     ]

@@ -30,9 +30,12 @@ def pretrain(
     from pretrain.ranks import join_ranks, leave_ranks
 
     world = join_ranks(settings.train.threads)
+    from pretrain.memory import out_of_memory_said
     from pretrain.trainer import Trainer
 
-    leave_ranks(world, Trainer(settings, world, stop).run())
+    with out_of_memory_said(settings):
+        code = Trainer(settings, world, stop).run()
+    leave_ranks(world, code)
 
 
 def evaluate(

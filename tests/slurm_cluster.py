@@ -96,10 +96,11 @@ class SlurmCluster:
         return self.state(job)
 
     def hurry(self, job: str) -> None:
-        """Start a requeued job now: Slurm holds it for two minutes."""
-        wait_until(self._all_idle, 60, lambda: f"nodes clear of job {job}'s former life")
+        """Start a requeued job now: Slurm may hold it for two minutes."""
+        clear = lambda: self._all_idle() or self.state(job) != "PENDING"  # noqa: E731
+        wait_until(clear, 60, lambda: f"nodes clear of job {job}'s former life")
         time.sleep(1.5)
-        self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.run(["scontrol", "update", f"JobId={job}", "StartTime=now"])  # refused where it has started by itself
 
     def pids_on(self, node: str, words: str) -> list[int]:
         """Processes of a node, by this machine's numbers, whose command line holds `words`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from data_pipeline.settings import UserError, load_settings
+from pretrain.config import RunConfig
+from pretrain.memory import out_of_memory_said
 from tests.test_resume import write_config
 
 
@@ -84,6 +89,30 @@ def test_dataset_of_another_schema_version(tmp_path: Path, small_dataset: Path) 
     assert code == 2
     assert "schema version 99 found, 1 expected" in output
     assert len(output.splitlines()) == 1
+
+
+def test_no_memory_left_says_what_to_lower(tmp_path: Path, small_dataset: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", small_dataset, tmp_path / "run")
+    change(config, "towers.text.encoder", {"width": 65536, "depth": 1, "num_heads": 2})
+    limit_bytes = 14 << 30  # of addresses: libraries take several GB of them
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain.main", "pretrain", str(config)], capture_output=True, text=True, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes)),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "out of memory" in line
+    assert "lower train.chunk (now 1; the result stays the same)" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_the_refusal_of_a_gpu_is_understood(small_dataset: Path, tmp_path: Path) -> None:
+    """The text is that of torch's CUDA allocator; no GPU is needed to read it."""
+    config = load_settings(RunConfig, write_config(tmp_path / "config.yaml", small_dataset, tmp_path / "run"))
+    said = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1 is free."
+    with pytest.raises(UserError, match=r"out of GPU memory: 2\.50 GiB asked for at once; lower train\.chunk \(now 1"):
+        with out_of_memory_said(config):
+            raise torch.OutOfMemoryError(said)
 
 
 def test_unknown_command_and_missing_run() -> None:

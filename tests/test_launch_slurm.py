@@ -58,7 +58,7 @@ def run_script(job: SlurmJob, folder: Path, srun: str, restarts: int) -> tuple[i
     """Run a rendered script with programs in place of srun and scontrol; returns its code and what they were called."""
     programs = folder / "bin"
     programs.mkdir(parents=True)
-    for name, does in {"srun": srun, "scontrol": "", "sleep": ""}.items():
+    for name, does in {"srun": srun, "scontrol": "echo JobState=RUNNING", "sleep": ""}.items():
         path = programs / name
         path.write_text(
             f'#!/bin/bash\nprintf "%s\\0" {name} "$@" >> "{folder}/calls"; echo >> "{folder}/calls"\n{does}\n'
