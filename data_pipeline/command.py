@@ -17,14 +17,16 @@ def shard(
 ) -> None:
     """Turn a manifest into WebDataset shards with Ray. Run again, it does only what is missing."""
     settings = load_settings(ShardConfig, config, overrides or [])
+    from data_pipeline.progress import counted
     from data_pipeline.sharding import shard_dataset
 
     result = shard_dataset(settings)
     if result.failures:
+        num_tasks = counted(result.num_tasks, "task")
         for name, error in sorted(result.failures.items()):
             typer.echo(f"shard: {name} failed: {error}", err=True)
         typer.echo(
-            f"shard: {len(result.failures)} of {result.num_tasks} tasks failed; the others are kept, and running again "
+            f"shard: {len(result.failures)} of {num_tasks} failed; the others are kept, and running again "
             "tries only the failed ones",
             err=True,
         )

@@ -6,29 +6,21 @@ manifest that cannot be read is an error of its author.
 
 from __future__ import annotations
 
-import csv
 import difflib
 import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from io import StringIO
-from pathlib import Path
 from typing import Any
-
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_pipeline.config import digest_of
 from data_pipeline.filters import Reason, Rejected
+from data_pipeline.raw_rows import Unusable, as_list, read_rows
 from data_pipeline.settings import UserError
-from data_pipeline.source import is_url
 
-COLUMNS = ("id", "video", "audio", "image", "subtitles", "captions", "start_s", "end_s", "split", "weight")
-FOLDER_MEDIA = {"video": (".mp4", ".mkv", ".webm", ".mov", ".avi"), "audio": (".wav", ".flac", ".mp3", ".m4a", ".opus"),
-                "image": (".jpg", ".jpeg", ".png"), "subtitles": (".srt", ".vtt")}  # fmt: skip
+CONTENT = ("video", "audio", "image", "subtitles", "captions")
+COLUMNS = ("id", *CONTENT, "start_s", "end_s", "split", "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,33 +68,26 @@ class ManifestRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Unusable:
-    """A line or group of files that is no row."""
-
-    detail: str
-    id: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """All rows in order; `base` is the folder or URL that relative paths start from."""
 
     rows: tuple[ManifestRow, ...]
     base: str
 
+    @property
+    def metadata_columns(self) -> list[str]:
+        """Columns that are not known, and so are carried along."""
+        return sorted({name for row in self.rows for name in row.metadata})
+
 
 def read_manifest(location: str) -> Manifest:
     """Read a manifest file (local path or URL) or folder.
 
     Raises:
-        UserError: it cannot be read, has no rows, no `id` column, or a column whose name is nearly a known one.
+        UserError: it cannot be read, has no rows, no `id` column, no content, or a column that is nearly a known one.
     """
-    if os.path.isdir(location):
-        raw, base = _read_folder(Path(location)), location
-    else:
-        raw, base = _read_file(location), location.rpartition("/")[0] if "/" in location else "."
-    if not raw:
-        raise UserError(f"manifest {location}: no rows; expected at least one")
+    raw = read_rows(location)
+    base = location if os.path.isdir(location) else location.rpartition("/")[0] if "/" in location else "."
     columns = {name for values in raw if isinstance(values, dict) for name in values}
     if "id" not in columns and columns:
         raise UserError(f"manifest {location}: no column 'id'; found {', '.join(sorted(columns))}")
@@ -112,6 +97,11 @@ def read_manifest(location: str) -> Manifest:
             raise UserError(
                 f"manifest {location}: column '{name}' is nearly '{close}'; rename it to that, or further away"
             )
+    if columns and not columns & set(CONTENT):
+        raise UserError(
+            f"manifest {location}: no column that says what a row holds; expected one or more of {', '.join(CONTENT)}, "
+            f"found {', '.join(sorted(columns))}"
+        )
     return Manifest(rows=tuple(_unique(_to_row(values, number) for number, values in enumerate(raw, 1))), base=base)
 
 
@@ -122,77 +112,6 @@ def _nearly(name: str, columns: set[str]) -> str | None:
     close = difflib.get_close_matches(name.lower(), COLUMNS, n=1, cutoff=0.8)
     short_and_taken = bool(close) and len(name) <= 3 and close[0] in columns  # uid beside id
     return close[0] if close and not short_and_taken else None
-
-
-def _read_file(location: str) -> list[Any]:
-    """One value a row: a dict of columns, or `_Unusable`."""
-    kind = location.rpartition(".")[2].lower()
-    if kind not in ("parquet", "csv", "jsonl"):
-        raise UserError(f"manifest {location}: expected a folder or a file that ends in .parquet, .csv or .jsonl")
-    try:
-        with fsspec.open(location, "rb") if is_url(location) else open(location, "rb") as stream:
-            if kind == "parquet":
-                return list(pq.read_table(stream).to_pylist())
-            text = stream.read().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"manifest {location}: no such file or folder") from error
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"manifest {location}: not readable as {kind}: {' '.join(str(error).split())}") from error
-    if kind == "csv":
-        return [_check_csv(row) for row in csv.DictReader(StringIO(text, newline=""))]
-    return [_parse_json(line) for line in text.split("\n") if line.strip()]
-
-
-def _check_csv(row: dict[str | None, Any]) -> Any:
-    if None in row:
-        return _Unusable(detail=f"{len(row[None])} more values than columns")
-    return {name: value for name, value in row.items() if value not in ("", None) or name == "id"}
-
-
-def _parse_json(line: str) -> Any:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        return _Unusable(detail=f"not JSON: {error}")
-    return values if isinstance(values, dict) else _Unusable(detail="not a JSON object")
-
-
-def _read_folder(folder: Path) -> list[Any]:
-    """A row for every group of files that share a name without its ending: `x.mp4` + `x.txt|json|srt|vtt|wav`."""
-    groups: dict[str, dict[str, Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith("."):
-            stem = path.relative_to(folder).with_suffix("").as_posix()
-            groups.setdefault(stem, {})[path.suffix.lower()] = path
-    return [_folder_row(folder, stem, files) for stem, files in groups.items() if not _is_foreign(files)]
-
-
-def _is_foreign(files: dict[str, Path]) -> bool:
-    """Whether none of the files is a medium: a README.txt is no row."""
-    media = {ending for column in ("video", "audio", "image") for ending in FOLDER_MEDIA[column]}
-    return not media & set(files)
-
-
-def _folder_row(folder: Path, stem: str, files: dict[str, Path]) -> Any:
-    values: dict[str, Any] = {"id": stem}
-    for column, endings in FOLDER_MEDIA.items():
-        found = [files[ending].relative_to(folder).as_posix() for ending in endings if ending in files]
-        if len(found) > 1:
-            return _Unusable(id=stem, detail=f"several files for {column}: {', '.join(found)}")
-        if found:
-            values[column] = found[0]
-    try:
-        if ".json" in files:
-            more = json.loads(files[".json"].read_text(encoding="utf-8"))
-            if not isinstance(more, dict):
-                return _Unusable(id=stem, detail=f"{stem}.json is not a JSON object")
-            values = more | values
-        if ".txt" in files:
-            lines = files[".txt"].read_text(encoding="utf-8").splitlines()
-            values["captions"] = [*_as_list(values.get("captions")), *lines]
-    except ValueError as error:  # also bytes that are not UTF-8
-        return _Unusable(id=stem, detail=f"{stem}: {error}")
-    return values
 
 
 def _unique(rows: Iterator[ManifestRow]) -> Iterator[ManifestRow]:
@@ -207,7 +126,7 @@ def _unique(rows: Iterator[ManifestRow]) -> Iterator[ManifestRow]:
 
 
 def _to_row(values: Any, number: int) -> ManifestRow:
-    if isinstance(values, _Unusable):
+    if isinstance(values, Unusable):
         problem = (Reason.BAD_ROW.value, f"row {number}: {values.detail}")
         return ManifestRow(id=values.id or f"(row {number})", problem=problem)
     known = {name: values.get(name) for name in COLUMNS if not _is_missing(values.get(name))}
@@ -266,19 +185,8 @@ def _weight(known: dict[str, Any]) -> float:
 
 
 def _captions(value: Any) -> tuple[Caption, ...]:
-    captions = [_caption(item) for item in _as_list(value)]
+    captions = [_caption(item) for item in as_list(value)]
     return tuple(caption for caption in captions if caption.text)
-
-
-def _as_list(value: Any) -> list[Any]:
-    """A caption cell as a list: one text, a list, or a list as JSON text (CSV has no other way)."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            return [value]  # a text that begins with a bracket
-        return parsed if isinstance(parsed, list) else [value]
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _caption(value: Any) -> Caption:

@@ -71,3 +71,8 @@ def describe_rejects(rejects: Mapping[str, int]) -> str:
     """ "truncated 3, not_media 1", the most frequent first; "none"."""
     ordered = sorted(rejects.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{reason} {count}" for reason, count in ordered) or "none"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 task", "2 tasks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

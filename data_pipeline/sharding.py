@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from data_pipeline.config import ShardConfig
 from data_pipeline.dataset import assemble
 from data_pipeline.manifest import read_manifest
 from data_pipeline.plan import Task, extend_plan
-from data_pipeline.progress import JobProgress, describe_rejects
+from data_pipeline.progress import JobProgress, counted, describe_rejects
 from data_pipeline.ray_job import run_on_ray
 from data_pipeline.settings import UserError
 from data_pipeline.source import is_url
-from data_pipeline.task import finished_record, remove_partials, run_task
+from data_pipeline.task import CONTENT, finished_record, remove_partials, run_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,10 @@ def shard_dataset(config: ShardConfig) -> ShardingResult:
         num_missing = sum(len(task.rows) for task in missing)
         failures: dict[str, str] = {}
         with JobProgress("shard", "rows", num_missing, can_reject=True) as progress:
-            progress.say(
-                f"{len(manifest.rows)} rows in {config.manifest}: {len(tasks)} tasks, {len(tasks) - len(missing)} done"
-            )
+            rows, num_tasks = counted(len(manifest.rows), "row"), counted(len(tasks), "task")
+            progress.say(f"{rows} in {config.manifest}: {num_tasks}, {len(tasks) - len(missing)} done")
+            if manifest.metadata_columns:
+                progress.say(f"other columns, carried along as metadata: {', '.join(manifest.metadata_columns)}")
             if missing:
                 base = manifest.base if is_url(manifest.base) else os.path.abspath(manifest.base)
                 arguments = {"base": base, "config": config, "folder": folder}
@@ -78,16 +80,37 @@ def _finish(folder: Path, tasks: list[Task], config: ShardConfig, num_run: int) 
     if len(records) != len(tasks):
         raise UserError(f"out_dir {folder}: files of finished tasks are gone or of another size; run the command again")
     written = assemble(folder, tasks, records, config.bytes_config())
+    done = "nothing to do" if not written and num_run == 0 else "done"
+    _summarize(folder, records, done, config.manifest)
+
+
+def _summarize(folder: Path, records: list[dict[str, Any]], done: str, manifest: str) -> None:
+    """Print what the folder holds now.
+
+    Raises:
+        UserError: nothing, because every row was rejected.
+    """
     num_samples = sum(record["num_samples"] for record in records)
     num_shards = sum(len(record["shards"]) for record in records)
-    rejects: dict[str, int] = {}
+    rejects: Counter[str] = Counter()
     for record in records:
-        for reason, count in record["rejects_by_reason"].items():
-            rejects[reason] = rejects.get(reason, 0) + count
-    done = "nothing to do" if not written and num_run == 0 else "done"
-    print(
-        f"shard: {done}: {num_samples} clips in {num_shards} shards of {folder}; rejects: {describe_rejects(rejects)}"
-    )
+        rejects.update(record["rejects_by_reason"])
+    if num_samples == 0:
+        first = next(reject for record in records for reject in record["rejects"])
+        words = f"{describe_rejects(rejects)}; the first: row '{first['row_id']}', {first['detail']}"
+        raise UserError(
+            f"manifest {manifest}: no clip can be used: {words}; correct them and remove {folder}, where "
+            "rejects.parquet has the others"
+        )
+    clips, shards = counted(num_samples, "clip"), counted(num_shards, "shard")
+    print(f"shard: {done}: {clips} in {shards} of {folder}; rejects: {describe_rejects(rejects)}")
+    held: Counter[str] = Counter()
+    for record in records:
+        held.update(record.get("num_samples_with", {}))
+    if all("num_samples_with" in record for record in records):
+        print(f"shard: of {clips} have {', '.join(f'{name} {held[name]}' for name in CONTENT)}")
+    if rejects:
+        print(f"shard: every reject with its reason: {folder / 'rejects.parquet'}")
 
 
 def _make_folder(folder: Path) -> None:

@@ -20,6 +20,8 @@ from data_pipeline.filters import Rejection
 from data_pipeline.plan import Task
 from data_pipeline.shards import SCHEMA_VERSION, Sample, ShardInfo, ShardWriter, write_json
 
+CONTENT = ("video", "audio", "captions", "subtitles")  # what a sample may have or lack
+
 
 def run_task(task: Task, base: str, config: ShardConfig, folder: Path) -> dict[str, Any]:
     """Write the shards of `task` into `folder`, then its record, and return that.
@@ -31,11 +33,13 @@ def run_task(task: Task, base: str, config: ShardConfig, folder: Path) -> dict[s
     shards = _Shards(task, config, folder)
     outcomes: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
+    held: Counter[str] = Counter()
     for outcome in _outcomes(task, base, config):
         if isinstance(outcome, Rejection):
             rejects.append({**asdict(outcome), "reason": outcome.reason.value})
         else:
             row_id, clip_index = outcome.index["row_id"], outcome.index["clip_index"]
+            held.update(name for name in CONTENT if outcome.members.get(name) or outcome.index.get(name))
             outcomes.append({"row_id": row_id, "clip_index": clip_index, "shard": shards.write(outcome)})
     record = {
         "schema_version": SCHEMA_VERSION,
@@ -44,6 +48,7 @@ def run_task(task: Task, base: str, config: ShardConfig, folder: Path) -> dict[s
         "digest": task.digest,
         "num_rows": len(task.rows),
         "num_samples": len(outcomes),
+        "num_samples_with": {name: held[name] for name in CONTENT},
         "rejects_by_reason": dict(Counter(reject["reason"] for reject in rejects)),
         "shards": [asdict(shard) for shard in shards.close()],
         "samples": outcomes,

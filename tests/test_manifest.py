@@ -91,10 +91,19 @@ def test_a_nearly_known_column_is_an_error(tmp_path: Path, column: str, known: s
 
 
 def test_other_columns_are_metadata(tmp_path: Path) -> None:
-    row = {"id": "a", "uid": 1, "video_id": "q", "problem": "x", "score": float("nan"), "tags": ["u", {"v": None}]}
+    row = {
+        "id": "a",
+        "video": "v",
+        "uid": 1,
+        "video_id": "q",
+        "problem": "x",
+        "score": float("nan"),
+        "tags": ["u", {"v": None}],
+    }
     path = write_jsonl(tmp_path / "m.jsonl", [row])
     (read,) = read_manifest(path).rows
     assert read.problem is None
+    assert read_manifest(path).metadata_columns == ["problem", "score", "tags", "uid", "video_id"]
     assert read.metadata == {"uid": 1, "video_id": "q", "problem": "x", "score": None, "tags": ["u", {"v": None}]}
 
 
@@ -124,12 +133,28 @@ def test_a_manifest_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     (tmp_path / "no_id.csv").write_text("video\na.mp4\n")
+    (tmp_path / "caption.csv").write_text("id,video,caption\na,a.mp4,x\n")
+    (tmp_path / "foreign.csv").write_text("id,path,text\na,a.mp4,x\n")
+    (tmp_path / "semicolons.csv").write_text("id;video\na;a.mp4\n")
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
+    (tmp_path / "my videos").mkdir()
+    (tmp_path / "my videos" / "notes.txt").write_text("no media")
+    (tmp_path / "list.txt").write_text("a.mp4")
     for name, words in (
-        ("missing.jsonl", "no such file"), ("empty.jsonl", "no rows"), ("bad.parquet", "not readable as parquet"),
-        ("no_id.csv", "no column 'id'"), ("latin.jsonl", "not readable as jsonl"),
-        ("m.txt", "expected a folder or a file"),
-    ):  # fmt: skip
+        ("missing.jsonl", "no such file or folder"),
+        ("emtpy.jsonl", "no such file or folder; did you mean '.*/empty.jsonl'?"),
+        ("my-videos", "no such file or folder; did you mean '.*/my videos'?"),
+        ("gone/m.csv", "no such file or folder; there is no folder .*/gone either"),
+        ("empty.jsonl", "no rows"),
+        ("my videos", "no rows; expected media in this folder: files that end in .avi"),
+        ("bad.parquet", "not readable as parquet"),
+        ("no_id.csv", "no column 'id'; found video"),
+        ("semicolons.csv", "no column 'id'; found id;video"),
+        ("caption.csv", "column 'caption' is nearly 'captions'"),
+        ("foreign.csv", "expected one or more of video, audio, image, subtitles, captions, found id, path, text"),
+        ("latin.jsonl", "not readable as jsonl"),
+        ("list.txt", "expected a folder or a file that ends in"),
+    ):
         with pytest.raises(UserError, match=words) as error:
             read_manifest(str(tmp_path / name))
         assert "\n" not in str(error.value)

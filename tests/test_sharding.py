@@ -1,6 +1,6 @@
 """`parallelotope shard` as a person runs it: killed, run again, grown, failing.
 
-Five runs start a Ray each, which takes about six seconds.
+Seven runs start a Ray each, which takes about six seconds.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -58,8 +60,13 @@ def command(corpus: Path, out: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "pretrain.main", "shard", str(corpus / "shard.yaml"), f"out_dir='{out}'", *overrides]
 
 
-def shard(corpus: Path, out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(corpus, out, *overrides), capture_output=True, text=True, timeout=300, check=False)
+def shard(
+    corpus: Path, out: Path, *overrides: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(corpus, out, *overrides), capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | (environment or {}),
+    )  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -88,6 +95,15 @@ def workers_of(session: int) -> list[int]:
     ]
 
 
+def wait_for_worker(session: int) -> int:
+    """Process id of a worker at work; between two tasks there is none for a moment."""
+    deadline_s = time.monotonic() + 60
+    while not (found := workers_of(session)):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    return found[0]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset as two workers write it in one go."""
@@ -96,7 +112,10 @@ def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     assert run.returncode == 0, run.stderr
     assert "36/36 rows" in run.stdout
     assert "missing_file 1, not_media 1" in run.stdout
-    assert "done: 64 clips" in run.stdout
+    assert "36 rows in" in run.stdout
+    assert "done: 64 clips in 10 shards" in run.stdout
+    assert "of 64 clips have video 64, audio 64, captions 64, subtitles 0" in run.stdout
+    assert f"every reject with its reason: {out}/rejects.parquet" in run.stdout
     assert run.stderr == ""
     return out
 
@@ -133,7 +152,7 @@ def test_killed_runs_and_killed_workers_change_no_byte(corpus: Path, uninterrupt
         command(corpus, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         wait_for_records(out, done + 1, process)
-        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+        os.kill(wait_for_worker(process.pid), signal.SIGKILL)
         stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert f"10 tasks, {done} done" in stdout
@@ -187,6 +206,53 @@ def test_a_failing_task_is_named_and_growth_moves_nothing(corpus: Path, uninterr
     assert changed == {"dataset.json"}
     assert {name: final[name] for name in after if "000011" in name} == {n: after[n] for n in after if "000011" in n}
     assert json.loads(final["dataset.json"])["num_samples"] == 64 + 6
+
+
+def test_odd_names_silent_videos_no_ffmpeg_and_taken_ports(corpus: Path, tmp_path: Path) -> None:
+    media = tmp_path / "media"
+    names = [
+        "with space",
+        "quote'and\"another",
+        "ünïcödé 視頻",
+        "100%41#1?x=[1]&*",
+        "dots.in.name",
+        "-dash",
+        "a\\b;$HOME",
+    ]
+    for number, name in enumerate(names):
+        write_clip(media / f"{name}.mp4", duration_s=1.0, width=64, height=48, sound=number > 0)
+        (media / f"{name}.txt").write_text(f"caption of {name}", encoding="utf-8")
+    out = tmp_path / "out"
+    with ExitStack() as stack:
+        for port in (6379, 8265, 10001):  # which Ray takes when it is not told otherwise
+            taken = stack.enter_context(socket.socket())
+            with suppress(OSError):  # somebody else's: as good
+                taken.bind(("127.0.0.1", port))
+                taken.listen()
+        run = shard(corpus, out, f"manifest='{media}'", environment={"PATH": str(tmp_path)})
+    assert run.returncode == 0, run.stderr
+    assert "7 rows in" in run.stdout
+    assert "2 tasks, 0 done" in run.stdout
+    assert "done: 7 clips in 2 shards" in run.stdout
+    assert "rejects: none" in run.stdout
+    assert "of 7 clips have video 7, audio 6, captions 7, subtitles 0" in run.stdout
+    rows = [row for path in sorted(out.glob("shard-*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert {row["row_id"]: row["captions"][0]["text"] for row in rows} == {name: f"caption of {name}" for name in names}
+
+
+def test_no_usable_clip_is_said_at_once(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("id,video\na,gone.mp4\n")
+    out = tmp_path / "out"
+    for _ in range(2):
+        run = shard(corpus, out, f"manifest='{tmp_path}/m.csv'")
+        assert run.returncode == 2
+        assert "1 row in" in run.stdout
+        assert "1 task, " in run.stdout
+        assert run.stderr == (
+            f"error: manifest {tmp_path}/m.csv: no clip can be used: missing_file 1; the first: row 'a', gone.mp4: "
+            f"no such file; correct them and remove {out}, where rejects.parquet has the others\n"
+        )
+        assert pq.read_table(out / "rejects.parquet").num_rows == 1
 
 
 def test_mistakes_are_one_line(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
