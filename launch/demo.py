@@ -224,6 +224,11 @@ def summarise(stages: Stages, places: Places) -> None:
     for name, path in (("clips", places.corpus), ("shards", places.data), ("run", places.run)):
         stages.say(f"{name}: {path}")
     stages.say(f"curves: tensorboard --logdir {places.run}")
+    page = places.run / "report.html"
+    if page.is_file():  # else the evaluation has said why
+        console.print()
+        console.print("Look at it, in a browser:", style="bold")
+        console.print(f"    {page.resolve()}", style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
 def headline(row: dict[str, Any]) -> str:

@@ -122,6 +122,7 @@ def test_whole_demo_in_small_and_again(tmp_path: Path) -> None:
     assert "text -> video+audio by volume" in done.stdout
     places = Places(folder=tmp_path / "small demo")
     assert last_step(places.metrics) == 12
+    assert str((places.run / "report.html").resolve()) in done.stdout.splitlines()[-1]
     for split in ("test", "test-ordinary"):
         report = json.loads((places.run / f"evaluation-{split}.json").read_text())
         assert {row["score"] for row in report["metrics"]} == {"cosine", "volume", "summed_cosine"}

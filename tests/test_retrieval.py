@@ -13,8 +13,8 @@ from rich.console import Console
 from torch import Tensor
 
 from pretrain import retrieval
-from pretrain.retrieval_report import RetrievalReport, bootstrap_interval, retrieval_metrics
 from pretrain.retrieval import cosine_scores, evaluate_retrieval, rank_of_truth, summed_cosine_scores, volume_scores
+from pretrain.retrieval_report import RetrievalReport, bootstrap_interval, retrieval_metrics
 
 NAN = float("nan")
 
