@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from data_pipeline.settings import Settings
 
@@ -61,6 +61,8 @@ class ShardConfig(Settings):
 
     manifest: str  # .parquet, .csv, .jsonl, or a folder of media files; its paths are relative to it
     out_dir: str
+    # Shares of the rows that name no split, by split; ids alone decide which rows.
+    hold_out: dict[str, float] = Field(default_factory=dict)
     rows_per_task: PositiveInt = 256  # the unit of work, of retry and of resumption; a task begins a new shard
     max_samples_per_shard: PositiveInt = 1000
     max_bytes_per_shard: PositiveInt = 1 << 30
@@ -69,6 +71,13 @@ class ShardConfig(Settings):
     video: VideoConfig = VideoConfig()
     audio: AudioConfig = AudioConfig()
     ray: RayConfig = RayConfig()
+
+    @field_validator("hold_out")
+    @classmethod
+    def _shares(cls, value: dict[str, float]) -> dict[str, float]:
+        if any(not 0 < share < 1 for share in value.values()) or sum(value.values()) >= 1:
+            raise ValueError(f"expected shares between 0 and 1 that leave some rows for train, found {value}")
+        return value
 
     @model_validator(mode="after")
     def _copy_cannot_cut(self) -> ShardConfig:

@@ -10,12 +10,13 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_pipeline.config import digest_of
 from data_pipeline.filters import Reason, Rejected
+from data_pipeline.hold_out import held_out_split
 from data_pipeline.raw_rows import Unusable, as_list, read_rows
 from data_pipeline.settings import UserError
 
@@ -80,8 +81,8 @@ class Manifest:
         return sorted({name for row in self.rows for name in row.metadata})
 
 
-def read_manifest(location: str) -> Manifest:
-    """Read a manifest file (local path or URL) or folder.
+def read_manifest(location: str, hold_out: Mapping[str, float] | None = None) -> Manifest:
+    """Read a manifest file (local path or URL) or folder; `hold_out` deals out the rows that name no split.
 
     Raises:
         UserError: it cannot be read, has no rows, no `id` column, no content, or a column that is nearly a known one.
@@ -102,7 +103,8 @@ def read_manifest(location: str) -> Manifest:
             f"manifest {location}: no column that says what a row holds; expected one or more of {', '.join(CONTENT)}, "
             f"found {', '.join(sorted(columns))}"
         )
-    return Manifest(rows=tuple(_unique(_to_row(values, number) for number, values in enumerate(raw, 1))), base=base)
+    rows = (_to_row(values, number, hold_out or {}) for number, values in enumerate(raw, 1))
+    return Manifest(rows=tuple(_unique(rows)), base=base)
 
 
 def _nearly(name: str, columns: set[str]) -> str | None:
@@ -125,12 +127,12 @@ def _unique(rows: Iterator[ManifestRow]) -> Iterator[ManifestRow]:
         yield row
 
 
-def _to_row(values: Any, number: int) -> ManifestRow:
+def _to_row(values: Any, number: int, hold_out: Mapping[str, float]) -> ManifestRow:
     if isinstance(values, Unusable):
         problem = (Reason.BAD_ROW.value, f"row {number}: {values.detail}")
         return ManifestRow(id=values.id or f"(row {number})", problem=problem)
     known = {name: values.get(name) for name in COLUMNS if not _is_missing(values.get(name))}
-    split = str(known.get("split", "train"))
+    split = str(known["split"] if "split" in known else held_out_split(str(known.get("id", "")), hold_out))
     if "id" not in known or not str(known["id"]).strip():
         return ManifestRow(
             id=f"(row {number})", split=split, problem=(Reason.MISSING_ID.value, f"row {number} has no id")

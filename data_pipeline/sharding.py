@@ -41,7 +41,7 @@ def shard_dataset(config: ShardConfig) -> ShardingResult:
     """
     if is_url(config.out_dir):
         raise UserError(f"out_dir {config.out_dir}: expected a folder of a file system that every worker mounts")
-    manifest = read_manifest(config.manifest)
+    manifest = read_manifest(config.manifest, config.hold_out)
     folder = Path(config.out_dir).resolve()
     _make_folder(folder)
     with _alone_in(folder):
