@@ -107,8 +107,8 @@ def _end_lines(job: SlurmJob) -> list[str]:
     return [
         *lines,
         f'if [ "$code" -eq {EXIT_RUN_AGAIN} ]; then',
-        '    if scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then',
-        '        echo "parallelotope: cancelled, not requeued"',
+        '    if ! scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then  # scancel: Slurm is ending it',
+        '        echo "parallelotope: the job is being ended, not requeued"',
         f'    elif [ "${{SLURM_RESTART_COUNT:-0}}" -ge {job.max_requeues} ]; then',
         f'        echo "parallelotope: not requeued again after {job.max_requeues} times"',
         '    elif scontrol requeue "$SLURM_JOB_ID"; then',

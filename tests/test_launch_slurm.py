@@ -54,11 +54,11 @@ def test_script_is_bash() -> None:
         assert done.returncode == 0, done.stderr
 
 
-def run_script(job: SlurmJob, folder: Path, srun: str, restarts: int) -> tuple[int, list[str]]:
+def run_script(job: SlurmJob, folder: Path, srun: str, restarts: int, state: str = "RUNNING") -> tuple[int, list[str]]:
     """Run a rendered script with programs in place of srun and scontrol; returns its code and what they were called."""
     programs = folder / "bin"
     programs.mkdir(parents=True)
-    for name, does in {"srun": srun, "scontrol": "echo JobState=RUNNING", "sleep": ""}.items():
+    for name, does in {"srun": srun, "scontrol": f"echo JobState={state}", "sleep": ""}.items():
         path = programs / name
         path.write_text(
             f'#!/bin/bash\nprintf "%s\\0" {name} "$@" >> "{folder}/calls"; echo >> "{folder}/calls"\n{does}\n'
@@ -88,6 +88,12 @@ def test_script_requeues_what_stopped_and_nothing_else(
     assert found == code
     assert calls[0].split("\0")[:-1][-2:] == ["node", AWKWARD]
     assert any(call.startswith("scontrol\0requeue\0" + "7") for call in calls) == requeued
+
+
+def test_a_cancelled_job_is_not_requeued(tmp_path: Path) -> None:
+    found, calls = run_script(own_job(tmp_path), tmp_path / "t", "exit 75", 0, state="COMPLETING")
+    assert found == 75
+    assert not any(call.startswith("scontrol\0requeue") for call in calls)
 
 
 def test_a_failure_on_one_node_is_not_hidden_by_a_stop_on_another(tmp_path: Path) -> None:
