@@ -106,21 +106,26 @@ def evaluate_retrieval(
         num_present={name: int(mask.sum()) for name, mask in there.items()},
         positive_cosine={"-".join(pair): None if math.isnan(value) else value for pair, value in pairs.items()},
         metrics=tuple(metrics),
-        warnings=tuple(_warnings(pairs, there)),
+        warnings=tuple(_warnings(pairs, there, anchor)),
     )
 
 
-def _warnings(pairs: Mapping[tuple[str, str], float], there: Mapping[str, Tensor]) -> Iterator[str]:
+def _warnings(pairs: Mapping[tuple[str, str], float], there: Mapping[str, Tensor], anchor: str) -> Iterator[str]:
+    with_anchor = {a if b == anchor else b: value for (a, b), value in pairs.items() if anchor in (a, b)}
     for (a, b), value in pairs.items():
         if not (there[a] & there[b]).any():
             yield f"no sample has both {a} and {b}: their retrieval was not measured"
         elif math.isnan(value):
             yield f"embeddings of {a} or {b} hold NaN: such a candidate counts as better than the true one"
         elif value < 0:
-            yield (
-                f"{a} and {b} are anti-aligned: mean positive cosine {value:+.2f}; volumes do not see the sign, "
-                "a pairwise term or `orientation` does"
-            )
+            said = f"{a} and {b} are anti-aligned: mean positive cosine {value:+.2f}"
+            if anchor not in (a, b) and min(with_anchor[a], with_anchor[b]) > 0:
+                yield (
+                    f"{said}, while {anchor} agrees with both ({with_anchor[a]:+.2f} and {with_anchor[b]:+.2f}): nothing "
+                    "to mend where they are independent of each other, else add a term for this pair"
+                )
+            else:
+                yield f"{said}; volumes do not see the sign, a pairwise term or `orientation` does"
 
 
 def _positive_cosine(units: Vectors, there: Mapping[str, Tensor], a: str, b: str) -> float:

@@ -217,6 +217,17 @@ def test_anti_aligned_modality_is_named() -> None:
     ]  # fmt: skip
 
 
+def test_two_sides_of_one_text_are_no_alarm() -> None:
+    """Text lies between picture and sound, which point away from each other."""
+    seen, heard = torch.tensor([1.0, -0.7, 0.0]), torch.tensor([-0.7, 1.0, 0.0])
+    text = torch.tensor([1.0, 1.0, 0.0])
+    rows = {"text": text, "video": seen, "audio": heard}
+    report = evaluate_retrieval({name: F.normalize(row, dim=0).repeat(2, 1) for name, row in rows.items()}, None)
+    (warning,) = report.warnings
+    assert "video and audio are anti-aligned" in warning
+    assert "text agrees with both (+0.17 and +0.17)" in warning
+
+
 def test_missing_modalities_leave_queries_and_candidates() -> None:
     vectors = aligned(6)
     present = {
