@@ -96,7 +96,7 @@ def facts(run: RunHistory) -> list[tuple[str, str]]:
     num_steps = config.schedule.num_steps
     rows = [
         ("steps", f"{run.step:,} of {num_steps:,}"),
-        ("time in steps", duration(sum(run.stage_s.values()))),
+        ("time in steps", duration(sum(run.stage_s.values(), start=0.0))),
         ("objective", " + ".join(_objective(part) for part in config.objective)),
         ("training data", _data(train.path, train.split, known.num_train_samples if known else None)),
     ]
