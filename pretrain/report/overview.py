@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pretrain.evaluate import anchor_of, own_score
 from pretrain.report import figures
 from pretrain.report.figures import SCORE_NAMES
 from pretrain.report.history import Curve, RunHistory
+
+NUMBER = re.compile(r"[-+]?\d+\.\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,9 @@ def facts(run: RunHistory) -> list[tuple[str, str]]:
     if known is not None:
         ranks = "1 rank" if known.num_ranks == 1 else f"{known.num_ranks} ranks"
         rows.append(("ranks", f"{ranks}, {known.device}"))
-        rows.append(("parameters", f"{large(sum(known.parameters.values()))}: {_parts(known.parameters)}"))
+        rows.append(
+            ("parameters", f"{large(sum(known.parameters.values()))}: {_parts(config.towers.names, known.parameters)}")
+        )
     return [
         *rows,
         ("global batch", batch),
@@ -122,8 +127,8 @@ def _objective(part: Any) -> str:
     return part.name if part.weight == 1 else f"{part.weight:g} {part.name}"
 
 
-def _parts(parameters: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {large(count)}" for name, count in parameters.items() if name != "objective")
+def _parts(towers: Sequence[str], parameters: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {large(parameters[name])}" for name in towers if name in parameters)
 
 
 def _data(path: str, split: str, count: int | None) -> str:
@@ -131,12 +136,16 @@ def _data(path: str, split: str, count: int | None) -> str:
 
 
 def warnings_of(run: RunHistory) -> list[str]:
-    """Each warning of the run's sets once, with the sets it holds for."""
-    found: dict[str, list[str]] = {}
+    """Each warning of the run's sets once, and where else the same is said with other numbers."""
+    found: dict[str, list[tuple[str, str]]] = {}
     for evaluated in run.sets:
         for warning in evaluated.result.get("warnings", []):
-            found.setdefault(warning, []).append(evaluated.name)
-    return [f"{', '.join(names)}: {warning}" for warning, names in found.items()]
+            found.setdefault(NUMBER.sub("#", warning), []).append((evaluated.name, warning))
+    lines = []
+    for (first, warning), *others in found.values():
+        alike = f" (alike on {', '.join(name for name, _ in others)})" if others else ""
+        lines.append(f"{first}{alike}: {warning}")
+    return lines
 
 
 def curve_panels(run: RunHistory) -> list[Panel]:
