@@ -24,7 +24,7 @@ from data_pipeline.settings import UserError
 from pretrain.export_format import WEIGHTS, ExportConfig, check_weights, read_export_config
 from pretrain.inputs import Frames, InputReader, Values, Waveform
 from pretrain.randomness import keyed_random
-from pretrain.similarity import Vectors, similarity
+from pretrain.similarity import Candidates, Queries, similarity
 from pretrain.towers.build import Towers
 
 __all__ = ["Frames", "Model", "UnreadableInput", "Waveform", "load_model"]
@@ -101,7 +101,7 @@ class Model:
                     found[name][[index for index, _ in some]] = self._embed(name, [values for _, values in some])
         return found
 
-    def similarity(self, query: Vectors, candidates: Vectors, score: str | None = None) -> Tensor:
+    def similarity(self, query: Queries, candidates: Candidates, score: str | None = None) -> Tensor:
         """Scores [q, c] of queries against candidates, float64, higher is better.
 
         query, candidates: what `encode` returned; every modality in them counts. score: "volume" (minus the volume that

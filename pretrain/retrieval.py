@@ -121,8 +121,8 @@ def _warnings(pairs: Mapping[tuple[str, str], float], there: Mapping[str, Tensor
             said = f"{a} and {b} are anti-aligned: mean positive cosine {value:+.2f}"
             if anchor not in (a, b) and min(with_anchor[a], with_anchor[b]) > 0:
                 yield (
-                    f"{said}, while {anchor} agrees with both ({with_anchor[a]:+.2f} and {with_anchor[b]:+.2f}): nothing "
-                    "to mend where they are independent of each other, else add a term for this pair"
+                    f"{said}, while {anchor} agrees with both ({with_anchor[a]:+.2f} and {with_anchor[b]:+.2f}): "
+                    "nothing to mend where they are independent of each other, else add a term for this pair"
                 )
             else:
                 yield f"{said}; volumes do not see the sign, a pairwise term or `orientation` does"

@@ -16,9 +16,11 @@ SCORES = ("volume", "cosine")
 BLOCK_ELEMENTS = 1 << 22  # of the largest intermediate: 32 MB of float64
 
 Vectors = Mapping[str, Float[Tensor, "samples dim"]]
+Queries = Mapping[str, Float[Tensor, "q dim"]]
+Candidates = Mapping[str, Float[Tensor, "c dim"]]
 
 
-def similarity(query: Vectors, candidates: Vectors, score: str) -> Float[Tensor, "q c"]:
+def similarity(query: Queries, candidates: Candidates, score: str) -> Float[Tensor, "q c"]:
     """Scores in float64, higher is better; -inf where the query or the candidate has nothing at all.
 
     volume: minus the volume that the vectors of both sides span together. A missing vector counts as orthogonal to
@@ -69,7 +71,7 @@ def _zeros_where_missing(vectors: Vectors, present: Bool[Tensor, "samples modali
     }
 
 
-def _volume_scores(query: Vectors, rows: Tensor, candidates: Vectors, columns: Tensor) -> Float[Tensor, "q c"]:
+def _volume_scores(query: Queries, rows: Tensor, candidates: Candidates, columns: Tensor) -> Float[Tensor, "q c"]:
     """Blocks of queries and candidates that have the same modalities."""
     scores = torch.full((len(rows), len(columns)), -torch.inf, dtype=torch.float64, device=rows.device)
     for some, one_side in _patterns(query, rows):
@@ -93,7 +95,7 @@ def _patterns(vectors: Vectors, present: Tensor) -> Iterator[tuple[Tensor, dict[
             yield chosen, {name: rows[chosen] for (name, rows), has in there if has}
 
 
-def _joint_volume_scores(query: Vectors, candidates: Vectors) -> Float[Tensor, "q c"]:
+def _joint_volume_scores(query: Queries, candidates: Candidates) -> Float[Tensor, "q c"]:
     """Minus Vol(query) Vol(candidate) sqrt(det(I - M M^T)), M the product of the two orthonormal bases."""
     one, volume_of_one = _basis(query)
     other, volume_of_other = _basis(candidates)

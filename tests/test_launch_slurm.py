@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -121,6 +122,9 @@ def test_the_first_failure_is_the_cause_not_what_followed(tmp_path: Path) -> Non
     assert line.endswith(found.line())
     assert outcome(tmp_path, "7.2", 0) == (0, "finished")
     assert outcome(tmp_path, "7.2", 137)[0] == 137
+    for early in (128 + signal.SIGUSR1, 128 + signal.SIGTERM):  # the signal came before the launcher listened
+        assert outcome(tmp_path, "7.2", early)[0] == 75
+        assert outcome(tmp_path, "7.0", early)[0] == 1
 
 
 def test_options_of_a_site() -> None:
@@ -205,6 +209,22 @@ def launch_slurm(
     command = [sys.executable, "-m", "pretrain.main", "launch", "slurm", str(config), *options]
     environment = os.environ | ({"PATH": path} if path is not None else {})
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=60)
+
+
+def test_a_node_that_cannot_start_leaves_a_record(small_dataset: Path, tmp_path: Path) -> None:
+    """On this node the data is not there; the launchers of other nodes know nothing of it."""
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "config.yaml", small_dataset, run, train={"global_batch": 8})
+    command = [sys.executable, "-m", "pretrain.main", "launch", "node", str(config), "data.train.path=/not/mounted"]
+    command += ["--nodes", "2", "--ranks-per-node", "4", "--node-rank", "1", "--master-host", "localhost"]
+    for life in ({}, {"PARALLELOTOPE_LIFE": "7.0"}):
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | life, timeout=60)
+        assert done.returncode == 2
+        assert (run / "failures").exists() == bool(life)
+    code, line = outcome(run, "7.0", 137)
+    assert code == 2
+    assert f"rank 4 on {socket.gethostname()} could not be started: " in line
+    assert "/not/mounted" in line
 
 
 def test_dry_run_prints_the_script_and_leaves_nothing(small_dataset: Path, tmp_path: Path) -> None:
