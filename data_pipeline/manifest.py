@@ -12,12 +12,13 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import digest_of
 from data_pipeline.filters import Reason, Rejected
 from data_pipeline.hold_out import held_out_split
-from data_pipeline.raw_rows import Unusable, as_list, read_rows
+from data_pipeline.raw_rows import Unusable, as_list, foreign_files, read_rows
 from data_pipeline.settings import UserError
 
 CONTENT = ("video", "audio", "image", "subtitles", "captions")
@@ -74,6 +75,7 @@ class Manifest:
 
     rows: tuple[ManifestRow, ...]
     base: str
+    foreign_files: tuple[str, ...] = ()  # of a folder: those that belong to no row
 
     @property
     def metadata_columns(self) -> list[str]:
@@ -104,7 +106,8 @@ def read_manifest(location: str, hold_out: Mapping[str, float] | None = None) ->
             f"found {', '.join(sorted(columns))}"
         )
     rows = (_to_row(values, number, hold_out or {}) for number, values in enumerate(raw, 1))
-    return Manifest(rows=tuple(_unique(rows)), base=base)
+    foreign = tuple(foreign_files(Path(location))) if os.path.isdir(location) else ()
+    return Manifest(rows=tuple(_unique(rows)), base=base, foreign_files=foreign)
 
 
 def _nearly(name: str, columns: set[str]) -> str | None:

@@ -18,8 +18,12 @@ import pyarrow.parquet as pq
 from data_pipeline.settings import UserError
 from data_pipeline.source import is_url
 
-FOLDER_MEDIA = {"video": (".mp4", ".mkv", ".webm", ".mov", ".avi"), "audio": (".wav", ".flac", ".mp3", ".m4a", ".opus"),
-                "image": (".jpg", ".jpeg", ".png"), "subtitles": (".srt", ".vtt")}  # fmt: skip
+FOLDER_MEDIA = {
+    "video": (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv"),
+    "audio": (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus"),
+    "image": (".jpg", ".jpeg", ".png"),
+    "subtitles": (".srt", ".vtt"),
+}
 MEDIA_ENDINGS = {ending for column in ("video", "audio", "image") for ending in FOLDER_MEDIA[column]}
 
 
@@ -94,12 +98,24 @@ def _parse_json(line: str) -> Any:
 
 def _read_folder(folder: Path) -> list[Any]:
     """A row for every group of files that share a name without its ending: `x.mp4` + `x.txt|json|srt|vtt|wav`."""
+    groups = _groups(folder)
+    return [_folder_row(folder, stem, files) for stem, files in groups.items() if not _is_foreign(files)]
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Files of a folder that belong to no row: captions whose video is not there, endings that nobody knows."""
+    foreign = [path for files in _groups(folder).values() if _is_foreign(files) for path in files.values()]
+    return [path.relative_to(folder).as_posix() for path in foreign]
+
+
+def _groups(folder: Path) -> dict[str, dict[str, Path]]:
+    """Files by their name without its ending, then by their ending."""
     groups: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.name.startswith("."):
             stem = path.relative_to(folder).with_suffix("").as_posix()
             groups.setdefault(stem, {})[path.suffix.lower()] = path
-    return [_folder_row(folder, stem, files) for stem, files in groups.items() if not _is_foreign(files)]
+    return groups
 
 
 def _is_foreign(files: dict[str, Path]) -> bool:

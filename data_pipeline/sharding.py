@@ -55,6 +55,10 @@ def shard_dataset(config: ShardConfig) -> ShardingResult:
             progress.say(f"{rows} in {config.manifest}: {num_tasks}, {len(tasks) - len(missing)} done")
             if manifest.metadata_columns:
                 progress.say(f"other columns, carried along as metadata: {', '.join(manifest.metadata_columns)}")
+            if manifest.foreign_files:
+                shown = ", ".join(manifest.foreign_files[:3]) + (", ..." if len(manifest.foreign_files) > 3 else "")
+                num_foreign = counted(len(manifest.foreign_files), "file")
+                progress.say(f"{num_foreign} beside no video, sound or picture of that name, not used: {shown}")
             if missing:
                 base = manifest.base if is_url(manifest.base) else os.path.abspath(manifest.base)
                 arguments = {"base": base, "config": config, "folder": folder}

@@ -68,7 +68,9 @@ def test_a_folder_is_a_manifest(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("first\nsecond\n")
     (tmp_path / "x.json").write_text(json.dumps({"captions": ["zeroth"], "split": "test", "licence": "CC0"}))
     (tmp_path / "README.txt").write_text("no row")
-    rows = {row.id: row for row in read_manifest(str(tmp_path)).rows}
+    manifest = read_manifest(str(tmp_path))
+    assert manifest.foreign_files == ("README.txt",)  # said, not hidden
+    rows = {row.id: row for row in manifest.rows}
     assert set(rows) == {"x", "sub/y", "z"}
     assert [caption.text for caption in rows["x"].captions] == ["zeroth", "first", "second"]
     assert (rows["x"].split, rows["x"].metadata) == ("test", {"licence": "CC0"})
