@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from data_pipeline.settings import UserError, load_settings
-from launch.failures import LIFE
+from launch.failures import LIFE, Failure, current_life, record_failure
 from launch.local import run, this_machine
 from launch.plan import EXIT_RUN_AGAIN, local_plan, node_plan, render, train_argv
 from launch.rendezvous import check_meeting_point, describe, place_of_this_node, say
@@ -64,14 +68,31 @@ def node(
     Exit codes as of `launch local`.
     """
     settings = load_settings(RunConfig, config, overrides or [])
-    check_run(settings, nodes * ranks_per_node)
     place = place_of_this_node(nodes, ranks_per_node, node_rank, master_host, master_port, interface, os.environ)
-    check_meeting_point(place)
     log_dir = Path(settings.run_dir) / "logs" / os.environ.get(LIFE, "")
-    make_folder(log_dir, settings.run_dir)
-    say(describe(place))
     argv = train_argv(sys.executable, str(config), overrides or [])
-    raise typer.Exit(run(node_plan(argv, place, log_dir, this_machine(), os.environ), Path(settings.run_dir)))
+    with _mistakes_recorded(Path(settings.run_dir), place.node * ranks_per_node):
+        check_run(settings, nodes * ranks_per_node)
+        check_meeting_point(place)
+        make_folder(log_dir, settings.run_dir)
+        say(describe(place))
+        code = run(node_plan(argv, place, log_dir, this_machine(), os.environ), Path(settings.run_dir))
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _mistakes_recorded(run_dir: Path, first_rank: int) -> Iterator[None]:
+    """In a job of several launchers, keep what stops this one: data that is not mounted here, a port that is taken."""
+    try:
+        yield
+    except UserError as error:
+        if LIFE in os.environ:
+            failure = Failure(
+                life=current_life(), rank=first_rank, host=socket.gethostname(), code=2, how="could not be started",
+                time_s=time.time(), last_lines=tuple(str(error).splitlines()),
+            )  # fmt: skip
+            record_failure(run_dir, failure)
+        raise
 
 
 def make_folder(folder: Path, run_dir: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 
 LIFE = "PARALLELOTOPE_LIFE"  # set by whoever starts the launchers of all nodes; the same for all of them
 EXIT_RUN_AGAIN = 75
+BEFORE_IT_LISTENED = (128 + signal.SIGUSR1, 128 + signal.SIGTERM)  # a launcher that a stop signal found starting up
 # What ranks say whose peer is gone: a consequence, never the first failure while another is known.
 CONSEQUENCES = (
     "Connection closed by peer",
@@ -96,8 +98,8 @@ def outcome(run: Path, life: str, code: int) -> tuple[int, str]:
         own = failure.code if failure.code > 0 else 128 - failure.code
         when = time.strftime("%H:%M:%S", time.localtime(failure.time_s))
         return own, f"failed: at {when} {failure.line()}"
-    if code == EXIT_RUN_AGAIN:
-        return code, "stopped; the same command continues the run"
+    if code == EXIT_RUN_AGAIN or code in BEFORE_IT_LISTENED:
+        return EXIT_RUN_AGAIN, "stopped; the same command continues the run"
     return code, "finished" if code == 0 else f"failed: the launchers ended with code {code}, no rank left a record"
 
 

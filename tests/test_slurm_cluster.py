@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(why_not_here() is not None, reason=str(why_not_here())),
 ]
-LONG = 120  # steps
+LONG = 60  # steps
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_a_rank_that_raises_is_named(cluster: SlurmCluster, small_dataset: Path,
 
 
 def test_a_killed_rank_is_named_and_the_job_resumes(cluster: SlurmCluster, small_dataset: Path, tmp_path: Path) -> None:
-    changes = {"schedule": {"num_steps": 200}, "checkpoint": {"every_steps": 20, "keep_last": 2}}
+    changes = {"schedule": {"num_steps": 120}, "checkpoint": {"every_steps": 20, "keep_last": 2}}
     changes |= {"validation": {"every_steps": 100}}
     run = tmp_path / "run"
     job = submit(cluster, tmp_path, write_config(tmp_path / "config.yaml", small_dataset, run, **changes))
@@ -168,7 +168,7 @@ def test_a_killed_rank_is_named_and_the_job_resumes(cluster: SlurmCluster, small
     again = cluster.call("sbatch", "--parsable", str(script), cwd=str(tmp_path))
     assert cluster.wait_for(again, ["COMPLETED", "FAILED"], 120, log_of(run, again)) == "COMPLETED"
     assert "resumed from" in log_of(run, again).read_text()
-    assert read_steps(run) == list(range(1, 201))
+    assert read_steps(run) == list(range(1, 121))
 
 
 def test_cancelled_is_cancelled(cluster: SlurmCluster, small_dataset: Path, tmp_path: Path) -> None:
