@@ -30,7 +30,11 @@ from pretrain.collectives import World
 from pretrain.engine import MOMENTS, Engine
 from pretrain.identity import Identity
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+
+class OtherFormat(UserError):
+    """A checkpoint of another format version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +163,8 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
     """The parsed checkpoint.json.
 
     Raises:
-        UserError: unreadable, or another format version.
+        OtherFormat: another format version.
+        UserError: unreadable.
     """
     path = checkpoint / "checkpoint.json"
     try:
@@ -168,17 +173,26 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: not a checkpoint description ({error})") from error
     if version != FORMAT_VERSION:
-        raise UserError(f"checkpoint {path}: format version {version} found, {FORMAT_VERSION} expected")
+        raise OtherFormat(
+            f"checkpoint {path}: format version {version} found, {FORMAT_VERSION} expected: "
+            "use the version of parallelotope that wrote it, or train in another run_dir"
+        )
     assert isinstance(description, dict)
     return description
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None: every checksum fits."""
+    """What is wrong with the files of a checkpoint; None: every checksum fits.
+
+    Raises:
+        OtherFormat: another version of parallelotope wrote it.
+    """
     try:
         for name, sha256 in read_description(checkpoint)["files"].items():
             if file_sha256(checkpoint / name) != sha256:
                 return f"checksum of {name} differs"
+    except OtherFormat:
+        raise  # it is whole, and not to be passed over for an older one or for nothing
     except (UserError, OSError) as error:
         return str(error)
     return None

@@ -17,6 +17,7 @@ from pretrain.config import RunConfig
 from pretrain.data.loader import EvalLoader
 from pretrain.engine import Engine
 from pretrain.grad_cache import no_stage
+from pretrain.identity import check_tokenizer
 from pretrain.kept_embeddings import KeptEmbeddings
 from pretrain.model import PretrainModel
 from pretrain.retrieval import RetrievalReport, evaluate_retrieval
@@ -123,6 +124,7 @@ def load_run(run: Path, which: str = "best") -> tuple[RunConfig, PretrainModel, 
             name: getattr(config.towers, name).model_copy(update={"pretrained": False}) for name in config.towers.names
         }
     )
+    check_tokenizer(source, checkpoint.read_description(source)["identity"], config)
     model = PretrainModel(config.model_copy(update={"towers": towers}))  # its weights come from the checkpoint
     checkpoint.load_weights(model, checkpoint.load_tensors(source), source)
     return config, model.eval(), source

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipeline.settings import UserError
 from pretrain.config import RunConfig
+from pretrain.data.tokenize import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class Identity:
     towers: dict[str, Any]
     embedding_dim: int
     objective: list[dict[str, Any]]
+    tokenizer: str | None  # digest; None: no text
     dataset: str  # digest of the training split
     global_batch: int
     seed: int
@@ -29,10 +31,31 @@ class Identity:
             towers=config.towers.model_dump(mode="json"),
             embedding_dim=config.embedding_dim,
             objective=[part.model_dump(mode="json", exclude={"tile"}) for part in config.objective],
+            tokenizer=tokenizer_digest(config),
             dataset=dataset_digest,
             global_batch=config.train.global_batch,
             seed=config.seed,
             block_shards=config.data.block_shards,
+        )
+
+
+def tokenizer_digest(config: RunConfig) -> str | None:
+    """What the ids of a run's texts mean here and now."""
+    text = config.towers.text
+    return None if text is None else Tokenizer(text.tokenizer, text.max_tokens).digest
+
+
+def check_tokenizer(checkpoint: Path, found: dict[str, Any], config: RunConfig) -> None:
+    """Refuse weights whose token ids mean other words here; `found` is the identity in the checkpoint's description.
+
+    Raises:
+        UserError: the tokenizer of the run's name is another one by now.
+    """
+    there, here = found.get("tokenizer"), tokenizer_digest(config)
+    if there != here and config.towers.text is not None:
+        raise UserError(
+            f"checkpoint {checkpoint} was trained with another tokenizer: '{config.towers.text.tokenizer}' was {there} "
+            f"then and is {here} here; use the version of parallelotope and of the tokenizer that trained it"
         )
 
 

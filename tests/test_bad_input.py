@@ -121,3 +121,23 @@ def test_unknown_command_and_missing_run() -> None:
     code, output = parallelotope("pretrian")
     assert code == 2
     assert output.startswith("error: command 'pretrian': unknown; did you mean 'pretrain'?")
+
+
+def test_an_old_checkpoint_is_refused_not_misread(tmp_path: Path, trained_run: Path, small_dataset: Path) -> None:
+    for change_of, said in (
+        (lambda d: d.update(format_version=1), "format version 1 found, 2 expected: use the version of parallelotope"),
+        (lambda d: d["identity"].update(tokenizer="0123456789abcdef"), "was trained with another tokenizer: 'default'"),
+    ):
+        run = tmp_path / said[:6]
+        shutil.copytree(trained_run, run)
+        for path in (run / "checkpoints").glob("step-*/checkpoint.json"):
+            description = json.loads(path.read_text())
+            change_of(description)
+            path.write_text(json.dumps(description))
+        code, output = parallelotope("evaluate", str(run), "--data", str(small_dataset), "--split", "val")
+        assert code == 2, output
+        (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert said in line
+        code, output = parallelotope("pretrain", str(run / "config.yaml"), f"run_dir={run}")
+        assert code == 2, output
+        assert "tokenizer" in output or "format version" in output

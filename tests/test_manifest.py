@@ -148,7 +148,7 @@ def test_a_manifest_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ("my-videos", "no such file or folder; did you mean '.*/my videos'?"),
         ("gone/m.csv", "no such file or folder; there is no folder .*/gone either"),
         ("empty.jsonl", "no rows"),
-        ("my videos", "no rows; expected media in this folder: files that end in .avi"),
+        ("my videos", "no rows; expected media in this folder: files that end in .aac"),
         ("bad.parquet", "not readable as parquet"),
         ("no_id.csv", "no column 'id'; found video"),
         ("semicolons.csv", "no column 'id'; found id;video"),

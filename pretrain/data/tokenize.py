@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +54,12 @@ class Tokenizer:
         ids = np.full(self.max_tokens, self.pad_id, dtype=np.int64)
         ids[: len(tokens)] = tokens
         return ids, np.arange(self.max_tokens) < len(tokens)
+
+    @property
+    def digest(self) -> str:
+        """A short hash of all tokens and their ids: equal digests, equal meaning of an id."""
+        vocabulary = sorted(self._encoder.get_vocab().items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, for people to read."""

@@ -76,6 +76,9 @@ def transformers_model(location: str, pretrained: bool, place: str) -> Any:
     """
     allow_torchvision()
     from transformers import AutoConfig, AutoModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # one bar a rank, for what takes a second
 
     where = f"{place} hf:{location}"
     source = str(Path(location).expanduser()) if location.startswith("~") else location
