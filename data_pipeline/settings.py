@@ -103,7 +103,15 @@ def check_settings(model: type[SettingsT], values: dict[str, Any], place: str) -
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [f"config {place}: {_explain(model, mistake)}" for mistake in error.errors()]
+        mistakes = error.errors()
+        unknown = [str(m["loc"][0]) for m in mistakes if m["type"] == "extra_forbidden" and len(m["loc"]) == 1]
+        missing = [str(m["loc"][0]) for m in mistakes if m["type"] == "missing" and len(m["loc"]) == 1]
+        if len(unknown) > 2 and missing:
+            raise UserError(
+                f"config {place}: of another kind: {', '.join(unknown)} are no keys of a {model.__name__}, which needs "
+                f"{', '.join(missing)}"
+            ) from error
+        lines = [f"config {place}: {_explain(model, mistake)}" for mistake in mistakes]
         raise UserError("\n".join(dict.fromkeys(lines))) from error
 
 

@@ -215,6 +215,14 @@ def test_demo_config_trains_what_the_demo_promises() -> None:
     assert config.schedule.num_steps > 2 * config.checkpoint.every_steps  # a kill in the middle loses part of it only
 
 
+def test_a_config_of_another_kind_is_one_line() -> None:
+    with pytest.raises(UserError) as caught:
+        load_settings(ShardConfig, ROOT / "configs" / "demo" / "pretrain.yaml")
+    assert len(str(caught.value).splitlines()) == 1
+    assert "of another kind: run_dir, seed, data" in str(caught.value)
+    assert "which needs manifest, out_dir" in str(caught.value)
+
+
 def test_override_of_a_list_entry_that_is_wrong_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(MINIMAL))
     with pytest.raises(UserError) as caught:

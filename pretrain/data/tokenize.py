@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.settings import UserError
+from pretrain.hub import cache_then_hub
 
 DEFAULT_PATH = Path(__file__).parent.parent / "towers" / "tokenizer.json"
 PLACE = "towers.text.tokenizer"
@@ -94,12 +95,14 @@ def _from_transformers(location: str) -> Any:
     is_folder = Path(location).is_dir()
     if not is_folder and location.startswith((".", "/", "~")):
         raise UserError(f"{PLACE}: no tokenizer can be had from 'hf:{location}': no such folder")
-    failure: Exception | None = None
-    for local_files_only in (True,) if is_folder else (True, False):  # the cache first: it needs no network
-        try:
-            return AutoTokenizer.from_pretrained(location, local_files_only=local_files_only)
-        except Exception as error:  # which classes a hub, a cache and a parser raise is nowhere written
-            failure = error
+
+    def load(cached: bool) -> Any:
+        return AutoTokenizer.from_pretrained(location, local_files_only=cached)
+
+    try:
+        return load(True) if is_folder else cache_then_hub(location, load)
+    except Exception as error:  # which classes a hub, a cache and a parser raise is nowhere written
+        failure = error
     reason = textwrap.shorten(str(failure), 200) or type(failure).__name__
     expected = (
         "a tokenizer in that folder" if is_folder else "a folder, or a name in the cache or on the Hugging Face hub"

@@ -7,18 +7,15 @@ from there; only what is not is asked of the Hugging Face hub.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from data_pipeline.settings import UserError, nearest
+from pretrain.hub import cache_then_hub
 from pretrain.towers.torchvision_ops import allow_torchvision
-
-HUB_TIMEOUT_S = 10.0
-Loaded = TypeVar("Loaded")
 
 
 def timm_model(name: str, pretrained: bool, size_px: int, place: str) -> nn.Module:
@@ -60,7 +57,7 @@ def _timm_weights(name: str, published: Any, place: str) -> str:
     if not repository:
         raise UserError(f"{place} timm:{name}: has no published weights; expected pretrained: false, or another model")
     try:
-        return _cache_then_hub(
+        return cache_then_hub(
             repository,
             lambda cached: hf_hub_download(repository, "model.safetensors", local_files_only=cached),
         )
@@ -97,7 +94,7 @@ def transformers_model(location: str, pretrained: bool, place: str) -> Any:
         return model, set(report["missing_keys"])
 
     try:
-        model, missing = load(True) if is_folder else _cache_then_hub(source, load)
+        model, missing = load(True) if is_folder else cache_then_hub(source, load)
     except Exception as error:  # hubs, caches and parsers raise whatever they like
         raise UserError(_cannot_be_had(where, pretrained, error)) from error
     missing = {key for key in missing if "pooler." not in key}  # heads over the first token, which no tower reads
@@ -107,23 +104,6 @@ def transformers_model(location: str, pretrained: bool, place: str) -> Any:
             f"{min(missing)}; expected a complete model, or pretrained: false for random weights"
         )
     return model
-
-
-def _cache_then_hub(repository: str, load: Callable[[bool], Loaded]) -> Loaded:
-    """`load(local files only)`: from the cache, else from the hub if that answers.
-
-    The hub is asked once first, because downloads retry for most of a minute where there is no network.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        return load(True)
-    except Exception:  # not in the cache, or not whole; what the hub says then is what is reported
-        try:
-            HfApi().model_info(repository, timeout=HUB_TIMEOUT_S)
-        except Exception as error:
-            raise OSError(f"not in the cache, and the hub gives: {error}") from error
-        return load(False)
 
 
 def _why(error: Exception) -> str:
