@@ -187,5 +187,5 @@ def load_model(folder: Path | str, device: torch.device | str | None = None) -> 
 
 def _described(item: Any) -> str:
     if isinstance(item, str | Path):
-        return str(item) or "''"
+        return str(item) if str(item).strip() else repr(item)
     return f"({len(item)} bytes)" if isinstance(item, bytes) else type(item).__name__
