@@ -8,19 +8,30 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.settings import UserError
+from data_pipeline.settings import UserError, load_settings
 from data_pipeline.shards import ShardedDataset
+from pretrain.config import RunConfig
 from pretrain.data.loader import EvalLoader
+from pretrain.data.reader import BatchReader
+from pretrain.data.tokenize import DEFAULT_PATH
 from pretrain.evaluate import embed_split, load_run
 from pretrain.export import export_run
 from pretrain.grad_cache import no_stage
 from pretrain.inference import load_model
+from pretrain.towers.torchvision_ops import allow_torchvision
+from tests import finished_run
+from tests.finished_run import write_run
 from tests.test_resume import write_config
+from tests.tiny_dataset import write_mixed_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 EXTRA = ("deepspeed", "ninja", "ray", "webdataset", "tensorboard", "plotly")  # jinja2 comes with torch
 SIX_LINES = """
@@ -138,6 +149,114 @@ def test_what_is_no_export_or_damaged_is_refused(trained_run: Path, export_folde
     (copy / "config.json").write_text(json.dumps({**config, "format_version": 99}))
     with pytest.raises(UserError, match="format version 99 found, 1 expected"):
         load_model(copy)
+
+
+# Offline in earnest: no cache, no variable that tells a library to stay offline, and no socket to be had.
+ENCODE_WITHOUT_NETWORK = """
+import socket, sys
+def refuse(*arguments, **more): raise OSError("no network")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import torch
+from pretrain.inference import load_model
+inputs = torch.load(sys.argv[2], weights_only=True)
+model = load_model(sys.argv[1], "cpu")
+with torch.no_grad():
+    rows = model.towers(inputs["inputs"], inputs["present"])
+torch.save({"towers": rows, "text": model.encode(text=["a red circle"])["text"]}, sys.argv[3])
+"""
+
+
+def published_towers(folder: Path) -> dict[str, dict[str, Any]]:
+    """Tower settings with published-style encoders and tokenizer, written to `folder` by transformers."""
+    allow_torchvision()
+    from transformers import ASTConfig, ASTModel, BertConfig, BertModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(1)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(DEFAULT_PATH), pad_token="[PAD]")
+    tokenizer.save_pretrained(folder / "bert")
+    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **TINY)).save_pretrained(
+        folder / "bert"
+    )
+    ASTModel(ASTConfig(max_length=128, num_mel_bins=32, **TINY)).save_pretrained(folder / "ast")
+    return {
+        "video": {"encoder": "timm:test_vit", "pretrained": False},
+        "audio": {"encoder": f"hf:{folder / 'ast'}"},
+        "text": {"encoder": f"hf:{folder / 'bert'}", "tokenizer": f"hf:{folder / 'bert'}"},
+    }
+
+
+def test_published_encoders_load_without_their_folders_or_a_network(tmp_path: Path) -> None:
+    dataset = write_mixed_dataset(tmp_path / "data")
+    live = write_run(tmp_path / "run", dataset, **published_towers(tmp_path / "published"))
+    expected, _ = finished_run.live_embeddings(live, tmp_path / "run", dataset)
+    config = load_settings(RunConfig, tmp_path / "run" / "config.yaml")
+    batch = BatchReader(ShardedDataset(dataset, "train"), config.towers, config.data.window_s, None, 0).read(
+        range(14), [0] * 14, 0, 14
+    )
+    torch.save({"inputs": batch.inputs, "present": batch.present}, tmp_path / "inputs.pt")
+    export_run(tmp_path / "run", tmp_path / "an export", "last", force=False)
+    shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(tmp_path / "published", ignore_errors=True)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    subprocess.run(
+        [sys.executable, "-c", ENCODE_WITHOUT_NETWORK, str(tmp_path / "an export"), str(tmp_path / "inputs.pt"),
+         str(tmp_path / "rows.pt")],
+        env=environment | {"HF_HOME": str(tmp_path / "no cache"), "OMP_NUM_THREADS": "1"}, cwd=ROOT, check=True,
+    )  # fmt: skip
+    rows = torch.load(tmp_path / "rows.pt", weights_only=True)
+    for name in ("video", "audio", "text"):
+        torch.testing.assert_close(rows["towers"][name], expected[name], atol=1e-6, rtol=0)
+        assert expected[name].std(dim=0).mean() > 1e-3, "all samples alike would prove nothing"
+    torch.testing.assert_close(rows["text"].norm(dim=1), torch.ones(1))
+
+
+def test_the_card_tells_data_and_metrics(trained_run: Path, small_dataset: Path, tmp_path: Path) -> None:
+    measured = {
+        "checkpoint": "step-00000003", "split": "test", "num_samples": 7, "warnings": ["beware"], "metrics": [
+            {"query": "text", "candidates": "video+audio", "score": "volume", "recall_at_1": 0.625, "recall_at_5": 1.0,
+             "recall_at_10": 1.0, "recall_at_1_low": 0.5, "recall_at_1_high": 0.75, "median_rank": 1.0,
+             "chance_recall_at_1": 0.125, "num_queries": 7, "num_candidates": 8}
+        ],
+    }  # fmt: skip
+    copied = tmp_path / "run"
+    shutil.copytree(trained_run, copied)
+    (copied / "evaluation-test.json").write_text(json.dumps(measured))
+    (copied / "evaluation-val.json").write_text(json.dumps({**measured, "checkpoint": "step-00000001"}))
+    (copied / "evaluation-old.json").write_text("{}")
+    export_run(copied, tmp_path / "out", "last", force=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| text | video+audio | volume | 62.5 | 50-75 | 100 | 100 | 1 | 12.5 | 7 | 8 |" in card
+    assert "measured on step-00000001, not on what is exported" in card
+    assert "evaluation-old.json could not be read" in card
+    assert "beware" in card
+    assert f"23 samples of split train (digest {ShardedDataset(small_dataset, 'train').digest})" in card
+    assert "`gram`" in card
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from data_pipeline.settings import UserError, load_settings
+from pretrain.export import export_run
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    export_run(Path(sys.argv[1]), Path(sys.argv[2]), "last", True)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_is_full_leaves_the_older_export(trained_run: Path, tmp_path: Path) -> None:
+    export_run(trained_run, tmp_path / "out", "last", force=False)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(trained_run), str(tmp_path / "out")],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith(f"export {tmp_path / 'out'}: cannot be written: ")
+    assert done.stdout.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.slow
