@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from data_pipeline.settings import load_settings
 from launch.command import ConfigPath, Overrides, make_folder
@@ -14,6 +15,8 @@ from launch.rendezvous import say
 from launch.slurm import SlurmJob, parse_option, render_script, submit
 from pretrain.config import RunConfig
 from pretrain.preflight import check_run
+
+CONFIG, SCRIPT = "job.yaml", "job.sbatch"  # in the run folder
 
 
 def slurm(
@@ -40,13 +43,14 @@ def slurm(
 ) -> None:
     """Train the towers of CONFIG as a Slurm job that requeues itself at its time limit and resumes.
 
-    Everything that can be wrong with the config, the data and the ranks is found before anything is queued.
+    Everything that can be wrong with the config, the data and the ranks is found before anything is queued. The job
+    reads RUN/job.yaml, the config as it is now: editing CONFIG while the job waits changes nothing.
     """
     settings = load_settings(RunConfig, config, overrides or [])
     ranks = ranks_per_node or gpus_per_node or 1
     check_run(settings, nodes * ranks)
     run_dir = Path(settings.run_dir).absolute()
-    command = [sys.executable, "-m", "pretrain.main", "launch", "node", str(config.absolute()), *(overrides or [])]
+    command = [sys.executable, "-m", "pretrain.main", "launch", "node", str(run_dir / CONFIG)]
     command += ["--nodes", str(nodes), "--ranks-per-node", str(ranks)]
     command += ["--interface", interface] if interface is not None else []
     options = {"partition": partition, "account": account}
@@ -74,11 +78,17 @@ def slurm(
     if dry_run:
         print(script, end="")
         return
-    make_folder(run_dir / "logs", settings.run_dir)
-    path = run_dir / "job.sbatch"
-    path.write_text(script, encoding="utf-8")
-    job_id = submit(path)
-    say(f"job {job_id} submitted: {nodes} nodes x {ranks} ranks, script {path}")
+    job_id = _write_and_submit(run_dir, settings, script)
+    say(f"job {job_id} submitted: {nodes} nodes x {ranks} ranks, script {run_dir / SCRIPT}")
     say(f"  log: {run_dir / 'logs' / f'slurm-{job_id}.log'}; every rank's: {run_dir / 'logs' / f'{job_id}.0'}")
     say(f"  queue: squeue -j {job_id}; stop for good: scancel {job_id}; save and leave: scancel -s USR1 {job_id}")
     print(job_id)
+
+
+def _write_and_submit(run_dir: Path, settings: RunConfig, script: str) -> str:
+    """Put config and script into the run folder and queue the script; returns the job's id."""
+    make_folder(run_dir / "logs", settings.run_dir)
+    content = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (run_dir / CONFIG).write_text(content, encoding="utf-8")
+    (run_dir / SCRIPT).write_text(script, encoding="utf-8")
+    return submit(run_dir / SCRIPT)

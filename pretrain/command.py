@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.settings import UserError, load_settings, nearest
+from data_pipeline.settings import load_settings
 from data_pipeline.shards import write_json
 from pretrain.config import RunConfig
-from pretrain.preflight import check_run, num_ranks
+from pretrain.preflight import check_run, num_ranks, run_folder
 from pretrain.signals import StopRequest
 
 
@@ -46,13 +46,7 @@ def evaluate(
     workers: Annotated[int, typer.Option(help="Decoding processes.")] = 2,
 ) -> None:
     """Retrieval of a run on a split: a table, RUN/evaluation-SPLIT.json, and RUN/report.html with a gallery of it."""
-    if checkpoint not in ("best", "last"):
-        raise UserError(f"--checkpoint {checkpoint}: {nearest(checkpoint, ['best', 'last'])}")
-    if not run.is_dir():
-        raise UserError(f"run {run}: no such folder; expected a run_dir of 'parallelotope pretrain'")
-    folder = run.parent.parent if (run / "checkpoint.json").is_file() else run
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"run {run}: no config.yaml in it; expected a run_dir of 'parallelotope pretrain'")
+    folder = run_folder(run, checkpoint)
     from rich.console import Console
 
     from pretrain.evaluate import evaluate_run

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.settings import UserError, nearest
+from pretrain.preflight import run_folder
 
 
 def export(
@@ -17,13 +17,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
 ) -> None:
     """Write the weights, config, tokenizer and model card of a run; see pretrain.inference for how to use them."""
-    if checkpoint not in ("best", "last"):
-        raise UserError(f"--checkpoint {checkpoint}: {nearest(checkpoint, ['best', 'last'])}")
-    if not run.is_dir():
-        raise UserError(f"run {run}: no such folder; expected a run_dir of 'parallelotope pretrain'")
-    folder = run.parent.parent if (run / "checkpoint.json").is_file() else run
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"run {run}: no config.yaml in it; expected a run_dir of 'parallelotope pretrain'")
+    run_folder(run, checkpoint)
     from pretrain.export import export_run
 
     exported = export_run(run, out, checkpoint, force)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from data_pipeline.settings import UserError, nearest
 from data_pipeline.shards import read_dataset_json
@@ -78,3 +79,19 @@ def slurm_port(job_id: str) -> int:
     Below 32768, where ephemeral ports begin.
     """
     return 20_000 + int(job_id) % 12_000
+
+
+def run_folder(run: Path, which: str) -> Path:
+    """The run folder that `run` is, or that it is a checkpoint of; `which` checkpoint is meant: best or last.
+
+    Raises:
+        UserError: neither, or another word.
+    """
+    if which not in ("best", "last"):
+        raise UserError(f"--checkpoint {which}: {nearest(which, ['best', 'last'])}")
+    if not run.is_dir():
+        raise UserError(f"run {run}: no such folder; expected a run_dir of 'parallelotope pretrain'")
+    folder = run.parent.parent if (run / "checkpoint.json").is_file() else run
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"run {run}: no config.yaml in it; expected a run_dir of 'parallelotope pretrain'")
+    return folder

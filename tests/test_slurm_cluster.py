@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.settings import load_settings
 from pretrain.checkpoint import finished_checkpoints, load_tensors
+from pretrain.config import RunConfig
 from tests.slurm_cluster import SlurmCluster, read_steps, wait_until, why_not_here
 from tests.test_resume import finish, write_config
 
@@ -108,6 +110,7 @@ def test_two_nodes_train_what_two_local_ranks_train(cluster: SlurmCluster, small
     cluster.wait_for(job, ["COMPLETED", "FAILED"], 120, log_of(run, job))
     said = log_of(run, job).read_text()
     assert cluster.state(job) == "COMPLETED", said
+    assert load_settings(RunConfig, run / "job.yaml") == load_settings(RunConfig, folder / "a config.yaml")
     assert "node 0 of 2 (node1): ranks 0 to 0, meeting at node1:" in said
     assert said.splitlines()[-1] == "parallelotope: finished"
     assert {path.name for path in (run / "logs" / f"{job}.0").iterdir()} == {"node1-0.log", "node2-1.log"}
