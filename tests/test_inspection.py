@@ -20,9 +20,11 @@ from pretrain.data.reader import BatchReader
 from pretrain.inspection.command import inspect
 from pretrain.inspection.contact_sheet import draw_contact_sheet, spread_evenly
 from pretrain.inspection.drawing import ELLIPSIS, MISSING, spectrogram, wrapped
-from pretrain.inspection.sample_view import draw_sample, token_table
+from pretrain.inspection.sample_view import captions_cut, draw_sample, token_table
 from pretrain.inspection.statistics import describe_dataset
 from tests.tiny_dataset import CAPTION, NUM_SAMPLES, TOWERS, write_mixed_dataset
+
+CUT = "captions that fill all 64 tokens, the rest cut: 0 of 14 looked at"
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +120,25 @@ def test_positions_are_spread_and_distinct() -> None:
 def test_command_writes_tables_and_pictures(mixed: Path, tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "pretrain.main", "inspect", str(mixed), "--out", str(tmp_path / "out"), "--samples=2"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    for expected in ("14", "12 (86 %)", "truncated", "a: 5 bytes of 9", "clip-0006: video cannot be read", "tokens:"):
+    for expected in (
+        "14",
+        "12 (86 %)",
+        "truncated",
+        "a: 5 bytes of 9",
+        "clip-0006: video cannot be read",
+        "tokens:",
+        CUT,
+    ):
         assert expected in done.stdout, done.stdout
     assert json.loads((tmp_path / "out" / "statistics.json").read_text())["splits"][0]["num_samples"] == NUM_SAMPLES
     for name in ("contact-sheet.png", "sample-1.png", "sample-2.png"):
         with Image.open(tmp_path / "out" / name) as picture:
             assert min(picture.size) > 200
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_captions_that_are_cut_are_counted() -> None:
+    assert captions_cut(["one two", "one two three four five six seven eight nine ten", CAPTION], TOWERS) == 2
 
 
 def test_mistakes_are_a_line(mixed: Path, tmp_path: Path) -> None:

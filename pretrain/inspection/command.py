@@ -16,6 +16,7 @@ from pretrain.config import AudioTowerConfig, AugmentConfig, RunConfig, TextTowe
 from pretrain.inspection.statistics import DatasetStatistics, SplitStatistics, Spread, describe_dataset
 
 DEFAULT_WINDOW_S = 4.0
+MAX_CAPTIONED = 2000  # samples whose captions are tokenized
 
 
 def inspect(
@@ -50,7 +51,7 @@ def draw_pictures(
     """Contact sheet and sample views into `folder`, told line by line."""
     from pretrain.data.reader import BatchReader
     from pretrain.inspection.contact_sheet import draw_contact_sheet, save_png, spread_evenly
-    from pretrain.inspection.sample_view import draw_sample, token_table
+    from pretrain.inspection.sample_view import captions_cut, draw_sample, token_table
 
     console = Console()
 
@@ -74,10 +75,21 @@ def draw_pictures(
         say(f"{row['key']}: {there}: {path}")
         if tokens := token_table(row, batch, towers):
             say(f"  tokens: {' '.join(f'{piece.strip()}·{number}' for number, piece in tokens)}")
+    if towers.text is not None:
+        texts = some_captions(dataset)
+        cut = captions_cut(texts, towers)
+        say(f"captions that fill all {towers.text.max_tokens} tokens, the rest cut: {cut} of {len(texts)} looked at")
     for problem in dict.fromkeys(problems):
         say(f"problem: {problem}")
     if settings is None:
         say(f"samples as the default towers see them, window {window_s:g} s; --config FILE: as a run of yours would")
+
+
+def some_captions(dataset: ShardedDataset) -> list[str]:
+    """The captions of up to `MAX_CAPTIONED` samples, evenly spread."""
+    step = max(1, len(dataset) // MAX_CAPTIONED)
+    lists = dataset.index["captions"].take(list(range(0, len(dataset), step))).to_pylist()
+    return [caption["text"] for captions in lists for caption in captions if (caption["text"] or "").strip()]
 
 
 def default_towers() -> TowersConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,14 @@ def token_table(row: dict[str, Any], batch: Batch, towers: TowersConfig) -> list
     kept = batch.inputs["text"]["token_mask"][0]
     ids = batch.inputs["text"]["token_ids"][0][kept].tolist()
     return list(zip(ids, Tokenizer(towers.text.tokenizer, towers.text.max_tokens).pieces(ids), strict=True))
+
+
+def captions_cut(texts: Sequence[str], towers: TowersConfig) -> int:
+    """How many of `texts` fill every token of the text tower: what follows is not seen."""
+    if towers.text is None:
+        return 0
+    tokenizer = Tokenizer(towers.text.tokenizer, towers.text.max_tokens)
+    return sum(bool(tokenizer.encode(text)[1].all()) for text in texts)
 
 
 def _heading(row: dict[str, Any], batch: Batch, width: int) -> Image.Image:
