@@ -7,8 +7,10 @@ and on which device it computes, whoever started it.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +47,7 @@ MAX_PART_ROWS = 8192  # some 50 MB of three modalities with 512 dimensions
 PARTS_A_PROCESS = 4  # at least, where there are batches enough: what a kill costs at most is one of them
 PREFETCH_BATCHES = 2
 PLAIN_EVERY_S = 10.0
+CHECK_S = 0.5  # how often processes look whether the others live
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,7 @@ def embed_dataset(job: EmbedJob, processes: int) -> None:
     """
     dataset, identity = _open(job)
     if "LOCAL_RANK" in os.environ:  # one of several processes already, and the weights are checked when loaded
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         _embed_share(job, dataset, identity)
         return
     spans = _missing(job, dataset, identity, processes)
@@ -76,15 +80,48 @@ def embed_dataset(job: EmbedJob, processes: int) -> None:
         _embed_share(job, dataset, identity)
         return
     check_weights(job.export, read_export_config(job.export))
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    module = ["-m", "pretrain.main", "embed", str(job.export), "--data", str(job.data), "--out", str(job.out)]
-    options = ["--batch", str(job.batch_size), "--workers", str(job.workers)]
-    options += [] if job.split is None else ["--split", job.split]
-    code = subprocess.run([sys.executable, *start, *module, *options], env=environment).returncode
+    code = _run_processes(job, processes)
     if code:
         raise UserError(f"embed: a process failed (exit code {code}, its words are above); run again to go on")
+
+
+def _run_processes(job: EmbedJob, processes: int) -> int:
+    """This command in `processes` processes that find each other; the exit code of the first that failed, or 0."""
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise UserError(f"--processes {processes}: expected at most {torch.cuda.device_count()}, one for each GPU")
+    command = [sys.executable, "-m", "pretrain.main", "embed", str(job.export), "--data", str(job.data)]
+    command += ["--out", str(job.out), "--batch", str(job.batch_size), "--workers", str(job.workers)]
+    command += [] if job.split is None else ["--split", job.split]
+    environment = os.environ | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": str(number), "LOCAL_RANK": str(number)})
+        for number in range(processes)
+    ]
+    try:
+        codes = [rank.poll() for rank in ranks]
+        while None in codes and not any(codes):
+            time.sleep(CHECK_S)
+            codes = [rank.poll() for rank in ranks]
+        return next((code for code in codes if code), 0)
+    finally:  # also on Ctrl-C; what ends this process otherwise ends them through `_end_with`
+        for rank in ranks:
+            rank.terminate()
+        for rank in ranks:
+            rank.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(CHECK_S)
+    os._exit(1)
 
 
 def _open(job: EmbedJob) -> tuple[ShardedDataset, TableIdentity]:
