@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,38 @@ def test_run_again_it_makes_what_is_missing(
     assert parts[0].stat().st_mtime_ns == kept
     same_rows(table_of(alone), table_of(out))
     assert "0 of them new" in embed(export_folder, small_dataset, out, "--batch", "4")
+
+
+def processes_of(out: Path) -> list[str]:
+    """Command lines that name `out`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_bytes().decode(errors="replace"))
+        except OSError:  # it has ended meanwhile
+            continue
+    return [line for line in found if str(out) in line]
+
+
+def test_killed_it_leaves_whole_parts_and_no_process(
+    alone: Path, export_folder: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pretrain.main", "embed", str(export_folder), "--data", str(small_dataset)]
+    process = subprocess.Popen([*command, "--out", str(out), "--batch", "1", "--workers", "1", "--processes", "2"])
+    until_s = time.monotonic() + 120
+    while not list(out.glob("part-*")) and time.monotonic() < until_s:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    while processes_of(out) and time.monotonic() < until_s:
+        time.sleep(0.1)
+    assert processes_of(out) == []
+    first = sum(len(pa.parquet.read_table(path)) for path in out.glob("part-*"))  # each is whole
+    assert first > 0
+    said = embed(export_folder, small_dataset, out, "--batch", "4")
+    assert f"{35 - first} of them new" in said
+    same_rows(table_of(alone), table_of(out))
 
 
 def test_what_cannot_be_read_is_listed(export_folder: Path, tmp_path: Path) -> None:
