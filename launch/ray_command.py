@@ -37,13 +37,17 @@ def ray(
         return
     with job_client(address) as client:
         job_id = client.submit_job(**request)
-        say(f"job {job_id} submitted to {address}; the cluster must see {settings.manifest} and {settings.out_dir}")
         to_follow, to_stop = (f"ray job {verb} --address {address} {job_id}" for verb in ("logs --follow", "stop"))
+        submitted = (
+            f"job {job_id} submitted to {address}; the cluster must see {settings.manifest} and {settings.out_dir}"
+        )
         if not wait:
+            say(submitted)
             say(f"  follow it: {to_follow}; stop it: {to_stop}")
             print(job_id)
             return
         try:
+            say(submitted)
             follow(client, job_id)
             code, words = exit_code(client, job_id)
         except KeyboardInterrupt:

@@ -68,6 +68,7 @@ def hold_until_signalled(ranks: list[int]) -> None:
     try:
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: all(is_held(pid) for pid in ranks), 10, lambda: "all threads to stand still")
         wait_until(lambda: not any(is_held(pid) for pid in ranks), 90, lambda: "Slurm's signal")
     finally:
         for pid in ranks:
