@@ -226,6 +226,7 @@ def test_ctrl_c_leaves_the_job_alone(head: Head, corpus: Path, tmp_path: Path) -
     follower = subprocess.Popen(
         [*command, f'out_dir="{out}"'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=plain_environment(RAY_AUTH_TOKEN_PATH=str(head.token)),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     assert follower.stderr is not None
     assert "submitted to" in follower.stderr.readline()  # a job takes seconds to start, and this one to shard
