@@ -22,6 +22,7 @@ from pretrain.data.reader import BatchReader
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 PARENT_CHECK_S = 1.0
+DEATH_S = 1.0  # a dying process closes its pipes some time before it is gone
 
 ReadAt = Callable[[int, Callable[[], None]], Batch]
 
@@ -50,7 +51,7 @@ class BatchStream:
     group leaves them alone, so that the trainer can finish its step; they end with `close`, or with their parent.
 
     Raises (while iterating):
-        RuntimeError: a worker died; torch names its pid and how.
+        RuntimeError: a worker died; its pid and how.
     """
 
     def __init__(
@@ -80,9 +81,24 @@ class BatchStream:
             raise StopIteration
         if self._running is None:
             self._start()
-        batch = next(self._running)
+        try:
+            batch = next(self._running)
+        except (OSError, EOFError) as error:  # also what a pipe says whose other end is gone, before the process is
+            raise self._death() or error from error
         assert isinstance(batch, Batch)
         return batch
+
+    def _death(self) -> RuntimeError | None:
+        """How a worker died; None: all live. torch's own signal handler may raise the same in here."""
+        if self._running is None or not self._num_workers:
+            return None
+        deadline = time.monotonic() + DEATH_S
+        while time.monotonic() < deadline:
+            for process in self._running._workers:
+                if not process.is_alive():
+                    return RuntimeError(f"DataLoader worker (pid {process.pid}) ended with code {process.exitcode}")
+            time.sleep(0.01)
+        return None
 
     def _start(self) -> None:
         """Fork with the stop signals held back: a worker must not meet one before it ignores them."""
