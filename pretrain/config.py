@@ -131,8 +131,9 @@ class TowersConfig(Settings):
 
 
 class OptimizerConfig(Settings):
-    """AdamW. Norms, biases, embeddings of position and learned scalars are not decayed."""
+    """AdamW, or plain SGD. Norms, biases, embeddings of position and learned scalars are not decayed."""
 
+    name: Literal["adamw", "sgd"] = "adamw"  # sgd: no momentum; to compare runs, as AdamW amplifies rounding
     lr: PositiveFloat = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)
     eps: PositiveFloat = 1e-8
@@ -158,6 +159,8 @@ class TrainConfig(Settings):
     loss_precision: Literal["fp32", "fp64"] = "fp64"
     grad_clip: float = Field(1.0, ge=0)  # on the norm of the whole gradient; 0 turns it off
     zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False  # ZeRO 1 to 3: master weights and moments live, and are updated, on the host
+    ema_decay: float | None = Field(None, gt=0, lt=1)  # keep an average of the towers; it is what is then evaluated
     threads: int = Field(0, ge=0)  # CPU threads a rank computes with; 0: cores / ranks of this machine
     log_every: PositiveInt = 10  # steps between lines on the terminal; metrics.jsonl has every step
     log_samples: bool = False  # write the keys of every step's samples to RUN/samples/
@@ -169,6 +172,15 @@ class CheckpointConfig(Settings):
     every_steps: PositiveInt = 1000
     every_minutes: PositiveFloat = 30.0
     keep_last: PositiveInt = 2
+    keep_every_steps: PositiveInt | None = None  # also keep those of steps that this divides
+    asynchronous: bool = True  # write while training goes on; needs memory for one copy of the state on the host
+
+
+class FaultsConfig(Settings):
+    """What is borne, and for how long."""
+
+    max_skipped_steps: int = Field(5, ge=0)  # in a row, for a loss or gradient that is not finite; then the run ends
+    stage_timeout_s: PositiveFloat = 1800.0  # a stage of a step that takes longer hangs: the rank says which and ends
 
 
 class ValidationConfig(Settings):
@@ -192,7 +204,14 @@ class RunConfig(Settings):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
+    faults: FaultsConfig = FaultsConfig()
     init_from: str | None = None  # a run folder or checkpoint whose weights start this run; its step is not taken
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> RunConfig:
+        if self.train.offload_optimizer and self.train.zero_stage == 0:
+            raise ValueError("train.offload_optimizer needs train.zero_stage 1, 2 or 3, found 0")
+        return self
 
     @model_validator(mode="after")
     def _enough_dimensions(self) -> RunConfig:

@@ -9,10 +9,12 @@ and other defaults move between releases, so every one that changes numbers is w
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +23,14 @@ from torch import Tensor, nn
 from pretrain.collectives import World
 from pretrain.config import RunConfig
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 
 def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
     """The whole configuration that DeepSpeed gets; nothing that changes numbers is left to its defaults."""
     local_batch = config.train.global_batch // world.size
+    on_gpu = world.device.type == "cuda"
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": on_gpu}} if config.train.offload_optimizer else {}
     return {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": local_batch,
@@ -51,6 +55,7 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
+            **offload,
         },
         "communication_data_type": "fp32",
         "steps_per_print": 1_000_000_000,
@@ -58,22 +63,33 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What a step did. grad_norm: before clipping. applied: false where the gradient was not finite on some rank."""
+
+    grad_norm: float
+    applied: bool
+
+
 class Engine:
-    """A model under DeepSpeed ZeRO with torch's AdamW.
+    """A model under DeepSpeed ZeRO with torch's AdamW or SGD.
 
     Call it like the model. Gradients: any number of `backward` calls inside one `coalesced()` block, then `step`.
 
     Args:
         model: on its device; all ranks hold equal weights.
-        groups: parameter groups of AdamW; every trainable parameter of `model` once.
+        groups: parameter groups of the optimizer; every trainable parameter of `model` once.
     """
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: RunConfig, world: World) -> None:
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints that it has built its collectives
             import deepspeed
 
-            optimizer = torch.optim.AdamW(
-                groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps
+            chosen = config.optimizer
+            optimizer = (
+                torch.optim.AdamW(groups, lr=chosen.lr, betas=chosen.betas, eps=chosen.eps)
+                if chosen.name == "adamw"
+                else torch.optim.SGD(groups, lr=chosen.lr)
             )
             self.deepspeed_config = deepspeed_config(config, world)
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -81,6 +97,7 @@ class Engine:
             )
         self.model = model
         self.world = world
+        self.moment_names = MOMENTS[config.optimizer.name]
         self.num_reductions = 0  # gradient reductions so far: one a step
         self._stage = config.train.zero_stage
         self._inside = False
@@ -118,16 +135,34 @@ class Engine:
             raise RuntimeError("Engine.backward outside of Engine.coalesced(): ZeRO would silently lose gradients")
         self._engine.backward(surrogate * self.world.size)  # DeepSpeed divides by the number of ranks
 
-    def step(self, lr: float) -> float:
-        """Clip, update with learning rate `lr`, clear gradients. Returns the norm of the gradient before clipping."""
+    def step(self, lr: float) -> Update:
+        """Clip, update with learning rate `lr`, clear gradients.
+
+        Where the norm of the whole gradient is not finite, weights and moments stay as they were, on all ranks.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        norm = None
-        if self._stage == 0:
-            norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.trainable() if p.grad is not None])
         self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        if self._stage > 0:  # DeepSpeed leaves out an update whose norm is not finite
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+            return Update(grad_norm=norm, applied=self._engine.was_step_applied())
+        gradients = [p.grad for _, p in self.trainable() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
+            self._engine.step()
+            return Update(grad_norm=norm, applied=True)
+        self._engine.zero_grad()
+        return Update(grad_norm=norm, applied=False)
+
+    @torch.no_grad()
+    def move_average(self, average: nn.Module, source: nn.Module, keep: float) -> None:
+        """average = keep * average + (1 - keep) * source, parameter by parameter; both are parts of the model."""
+        for mean, now in zip(average.parameters(), source.parameters(), strict=True):
+            slices = (mean.ds_tensor, now.ds_tensor) if self._stage == 3 else (mean, now)
+            slices[0].lerp_(slices[1].to(slices[0].device), 1 - keep)
+        for mean, now in zip(average.buffers(), source.buffers(), strict=True):
+            mean.copy_(now)
 
     def full_gradient(self, parameter: nn.Parameter) -> Tensor:
         """The reduced gradient of a parameter, whole, between `coalesced()` and `step`. A collective call."""
@@ -150,34 +185,36 @@ class Engine:
             return parameter.detach().clone()
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """AdamW's moments of a trainable parameter, whole, in its shape. A collective call."""
+        """The optimizer's moments of a trainable parameter, whole, in its shape. A collective call."""
         if self._stage == 0:
             state = self._engine.optimizer.state[parameter]
-            return {key: state[key] for key in MOMENTS}
+            return {key: state[key] for key in self.moment_names}
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        return {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        return {key: safe_get_full_optimizer_state(parameter, key) for key in self.moment_names}
 
     def _create_moments(self, num_updates: int) -> None:
         """Moments of zero, made before the first update: so they can be read and written at any time."""
+        if not self.moment_names:
+            return
         zero = self._engine.optimizer
         base = zero if self._stage == 0 else zero.optimizer
         updated = [tensor for group in base.param_groups for tensor in group["params"]]
         for tensor in zero.fp32_partitioned_groups_flat if self._stage == 3 else updated:
-            zeros = {key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in MOMENTS}
+            zeros = {key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in self.moment_names}
             base.state[tensor] = {"step": torch.tensor(float(num_updates)), **zeros}
         if self._stage in (1, 2):
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
     def set_moments(self, moments: dict[str, dict[str, Tensor]], num_updates: int) -> None:
-        """Give every trainable parameter its moments (by name, whole) and AdamW its count of updates.
+        """Give every trainable parameter its moments (by name, whole) and the optimizer its count of updates.
 
         Each rank keeps the slices it owns, so ranks and ZeRO stage may differ from those that saved them.
         """
         self._create_moments(num_updates)
         for name, parameter in self.trainable():
-            for key in MOMENTS:
+            for key in self.moment_names:
                 self._set_moment(parameter, key, moments[name][key].to(parameter.device))
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:

@@ -94,7 +94,9 @@ def validation_score(
     )  # fmt: skip
     engine.train(False)
     try:
-        embedded = embed_split(lambda inputs, masks: engine(inputs, masks, around=no_stage)[0], loader, config, world)
+        embedded = embed_split(
+            lambda inputs, masks: engine(inputs, masks, around=no_stage, evaluated=True)[0], loader, config, world
+        )
     finally:
         engine.train(True)
         loader.close()
@@ -142,7 +144,10 @@ def evaluate_run(
     loader = EvalLoader(dataset, data_config, config.towers, batch_size=config.train.chunk, rank=0, world=1)
     try:
         embedded = embed_split(
-            lambda inputs, masks: model(inputs, masks, around=no_stage)[0], loader, config, World(device=device)
+            lambda inputs, masks: model(inputs, masks, around=no_stage, evaluated=True)[0],
+            loader,
+            config,
+            World(device=device),
         )
     finally:
         loader.close()

@@ -42,7 +42,7 @@ def export_run(run: Path, out: Path, which: str, force: bool) -> ExportConfig:
     partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)
-        exported = _write(partial, out.name, config, model.towers, source)
+        exported = _write(partial, out.name, config, model.evaluated, source)
         _publish_folder(partial, final)
     except (OSError, SafetensorError) as error:
         raise UserError(f"export {out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error

@@ -10,6 +10,7 @@ gathering, learned scalars, masks and dropout taken in. A batch of one chunk tak
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -52,7 +53,8 @@ class GradCache:
     def backward(self, batch: Batch, step: int) -> dict[str, float]:
         """Leave the gradient of the loss of the global batch in the engine; returns global scalar metrics.
 
-        batch: this rank's rows. Every rank makes the same calls in the same order, whatever its batch lacks.
+        batch: this rank's rows. Every rank makes the same calls in the same order, whatever its batch lacks. A loss
+        that is not finite leaves a gradient that is not, on all ranks, so that `engine.step` leaves the update out.
         """
         chunks = [
             (start, min(start + self.chunk, batch.num_samples)) for start in range(0, batch.num_samples, self.chunk)
@@ -64,6 +66,8 @@ class GradCache:
             vectors = {name: torch.cat([out[0][name] for out in outputs]).detach() for name in outputs[0][0]}
             scalars = {name: value.detach() for name, value in outputs[0][1].items()}
             metrics, vector_grads, scalar_grads = self._loss_gradients(vectors, scalars, batch)
+            if not math.isfinite(metrics["loss"]):
+                vector_grads = {name: torch.full_like(grad, torch.nan) for name, grad in vector_grads.items()}
         with self.stage("pass_2"), self.engine.coalesced():
             for index, (start, stop) in enumerate(chunks):
                 embeddings, learned = outputs[0] if once else self._forward(batch, (start, stop), step)

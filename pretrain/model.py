@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -20,16 +21,25 @@ class PretrainModel(nn.Module):
         super().__init__()
         with keyed_random(config.seed, "weights"):
             self.towers = Towers(ModelConfig.of(config))
+        self.average = copy.deepcopy(self.towers).requires_grad_(False) if config.train.ema_decay else None
         self.objective = WeightedSum(config.objective, config.towers.names)
+
+    @property
+    def evaluated(self) -> Towers:
+        """The towers to evaluate and to take away: the average where the run keeps one."""
+        return self.towers if self.average is None else self.average
 
     def forward(
         self,
         inputs: dict[str, dict[str, Tensor]],
         present: dict[str, Tensor],
         around: Callable[[str], AbstractContextManager[None]],
+        *,
+        evaluated: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Embeddings {modality: [n, D]}, fp32 unit rows, and learned scalars {name: [1]}.
 
-        `around(tower)` is entered for each tower call; it sets the random generators.
+        `around(tower)` is entered for each tower call; it sets the random generators. evaluated: by those towers.
         """
-        return self.towers(inputs, present, around), self.objective.scalars()
+        towers = self.evaluated if evaluated else self.towers
+        return towers(inputs, present, around), self.objective.scalars()

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from pretrain.collectives import World
 from pretrain.config import RunConfig
-from pretrain.engine import MOMENTS, Engine
+from pretrain.engine import Engine
 from tests.ranks import run_ranks
 
-STAGES = (0, 1, 2, 3)
+CELLS = [(0, False), *((stage, offload) for stage in (1, 2, 3) for offload in (False, True))]
 SAMPLES = 8
 
 
@@ -53,12 +53,15 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def make(stage: int, grad_clip: float, world: World) -> tuple[Engine, nn.Module, Tensor]:
+def make(
+    stage: int, grad_clip: float, world: World, offload: bool = False, optimizer: str = "adamw"
+) -> tuple[Engine, nn.Module, Tensor]:
     torch.manual_seed(0)
     model = Toy()
     rows = torch.randn(SAMPLES, 5)
     reference = copy.deepcopy(model)  # before ZeRO 3 takes the weights apart
-    config = run_config(zero_stage=stage, grad_clip=grad_clip)
+    config = run_config(zero_stage=stage, grad_clip=grad_clip, offload_optimizer=offload)
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"name": optimizer})})
     return Engine(model, groups(model), config, world), reference, rows
 
 
@@ -69,8 +72,8 @@ def local(rows: Tensor, world: World) -> Tensor:
 def check_stages(world: World, argument: Any) -> dict[str, dict[str, float]]:
     """For each stage: worst differences from torch over three clipped AdamW steps, and after a resume."""
     found = {}
-    for stage in STAGES:
-        engine, reference, rows = make(stage, 0.5, world)
+    for stage, offload in CELLS:
+        engine, reference, rows = make(stage, 0.5, world, offload)
         optimizer = torch.optim.AdamW(groups(reference), lr=1e-3, betas=(0.9, 0.98))
         gradient_error = norm_error = weight_error = 0.0
         for _ in range(3):
@@ -86,11 +89,11 @@ def check_stages(world: World, argument: Any) -> dict[str, dict[str, float]]:
                 error = (engine.full_gradient(parameter) - gradient).norm() / gradient.norm()
                 gradient_error = max(gradient_error, error.item())
             norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
-            norm_error = max(norm_error, abs(engine.step(1e-3) / norm.item() - 1))
+            norm_error = max(norm_error, abs(engine.step(1e-3).grad_norm / norm.item() - 1))
             optimizer.step()
             for name, parameter in engine.trainable():
                 weight_error = max(weight_error, (engine.full_weight(parameter) - wanted[name]).abs().max().item())
-        found[str(stage)] = {
+        found[f"{stage}{' offloaded' if offload else ''}"] = {
             "gradient": gradient_error,
             "norm": norm_error,
             "weight": weight_error,
@@ -116,10 +119,49 @@ def resumed_difference(engine: Engine, stage: int, rows: Tensor, world: World) -
     worst = 0.0
     for (_, a), (_, b) in zip(engine.trainable(), heir.trainable(), strict=True):
         worst = max(worst, (engine.full_weight(a) - heir.full_weight(b)).abs().max().item())
-        for key in MOMENTS:
+        for key in engine.moment_names:
             worst = max(worst, (engine.moments(a)[key] - heir.moments(b)[key]).abs().max().item())
     heir.close()
     return worst
+
+
+def check_skips(world: World, argument: Any) -> dict[str, dict[str, bool]]:
+    """One rank's gradient is not a number in the second of three steps: what that step left, and what the third did."""
+    found = {}
+    for stage, offload in CELLS:
+        for optimizer in ("adamw", "sgd"):
+            engine, _, rows = make(stage, 0.5, world, offload, optimizer)
+            heir, _, _ = make(stage, 0.5, world, offload, optimizer)
+            applied = []
+            for bad in (False, True, False):
+                factor = float("nan") if bad and world.rank == 0 else 1.0
+                before = everything(engine)
+                with engine.coalesced():
+                    for chunk in local(rows, world).split(3):
+                        engine.backward(engine(chunk).square().sum() * factor)
+                applied.append(engine.step(1e-3).applied)
+                after = everything(engine)
+                if bad:
+                    unchanged = all(torch.equal(before[name], after[name]) for name in before)
+            for _ in range(2):
+                with heir.coalesced():
+                    heir.backward(heir(local(rows, world)).square().sum())
+                heir.step(1e-3)
+            wanted = everything(heir)
+            found[f"{stage} {offload} {optimizer}"] = {
+                "applied": applied == [True, False, True],
+                "unchanged": unchanged,
+                "goes on": all(torch.allclose(after[name], wanted[name], rtol=1e-5, atol=1e-7) for name in wanted),
+            }
+            engine.close()
+            heir.close()
+    return found
+
+
+def everything(engine: Engine) -> dict[str, Tensor]:
+    """Weights and moments."""
+    found = {name: engine.full_weight(p).clone() for name, p in engine.trainable()}
+    return found | {f"{k} {name}": v.clone() for name, p in engine.trainable() for k, v in engine.moments(p).items()}
 
 
 def check_misuse(world: World, argument: Any) -> dict[str, float]:
@@ -153,6 +195,12 @@ def test_every_stage_equals_torch_on_the_full_batch(tmp_path: Path, size: int) -
             assert errors["weight"] <= 1e-6, (stage, errors)
             assert errors["reductions"] == 3, "one gradient reduction a step"
             assert errors["resumed"] <= 1e-6, (stage, errors)
+
+
+def test_an_update_that_is_not_finite_on_one_rank_is_left_out_on_all(tmp_path: Path) -> None:
+    for rank in run_ranks("tests.test_engine:check_skips", 2, tmp_path):
+        for cell, facts in rank.items():
+            assert all(facts.values()), (cell, facts)
 
 
 def test_several_backwards_without_coalescing_are_refused_and_would_be_wrong(tmp_path: Path) -> None:
