@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -51,6 +52,19 @@ class World:
     def any(self, here: bool) -> bool:
         """Whether it is so on any rank."""
         return bool(self.max(torch.tensor([here], dtype=torch.int32, device=self.device)).item())
+
+    def share(self, value: Any) -> Any:
+        """What rank 0 passes, on all ranks; anything JSON can say."""
+        if self.size == 1:
+            return value
+        content = json.dumps(value).encode() if self.rank == 0 else b""
+        length = torch.tensor([len(content)], device=self.device)
+        dist.broadcast(length, src=0)
+        wire = torch.zeros(int(length.item()), dtype=torch.uint8, device=self.device)
+        if self.rank == 0:
+            wire.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        dist.broadcast(wire, src=0)
+        return json.loads(wire.cpu().numpy().tobytes())
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from data_pipeline.settings import Settings
+from data_pipeline.settings import Settings, nearest
 from pretrain.objective_config import ObjectiveConfig
 
 
@@ -176,6 +176,12 @@ class CheckpointConfig(Settings):
     asynchronous: bool = True  # write while training goes on; needs memory for one copy of the state on the host
 
 
+# What a checkpoint must share with the run that goes on from it, unless it is named in `accept`.
+IDENTITY = (
+    "towers", "embedding_dim", "objective", "optimizer", "tokenizer", "dataset", "global_batch", "seed", "block_shards",
+)  # fmt: skip
+
+
 class FaultsConfig(Settings):
     """What is borne, and for how long."""
 
@@ -205,7 +211,16 @@ class RunConfig(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     faults: FaultsConfig = FaultsConfig()
+    accept: tuple[str, ...] = ()  # of IDENTITY: in what a checkpoint of run_dir may differ from this config
     init_from: str | None = None  # a run folder or checkpoint whose weights start this run; its step is not taken
+
+    @field_validator("accept")
+    @classmethod
+    def _known_differences(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in IDENTITY:
+                raise ValueError(f"'{name}'; {nearest(name, IDENTITY)}")
+        return value
 
     @model_validator(mode="after")
     def _something_to_offload(self) -> RunConfig:

@@ -12,7 +12,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -159,10 +159,10 @@ class Engine:
     def move_average(self, average: nn.Module, source: nn.Module, keep: float) -> None:
         """average = keep * average + (1 - keep) * source, parameter by parameter; both are parts of the model."""
         for mean, now in zip(average.parameters(), source.parameters(), strict=True):
-            slices = (mean.ds_tensor, now.ds_tensor) if self._stage == 3 else (mean, now)
-            slices[0].lerp_(slices[1].to(slices[0].device), 1 - keep)
-        for mean, now in zip(average.buffers(), source.buffers(), strict=True):
-            mean.copy_(now)
+            own, new = (getattr(part, "ds_tensor", part) for part in (mean, now))  # under ZeRO-3 a rank's slices
+            own.lerp_(new.to(own.device), 1 - keep)
+        for mean_buffer, buffer in zip(average.buffers(), source.buffers(), strict=True):
+            mean_buffer.copy_(buffer)
 
     def full_gradient(self, parameter: nn.Parameter) -> Tensor:
         """The reduced gradient of a parameter, whole, between `coalesced()` and `step`. A collective call."""
@@ -207,15 +207,17 @@ class Engine:
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
-    def set_moments(self, moments: dict[str, dict[str, Tensor]], num_updates: int) -> None:
-        """Give every trainable parameter its moments (by name, whole) and the optimizer its count of updates.
+    def set_moments(self, moments: Mapping[str, Tensor], num_updates: int) -> None:
+        """Give every trainable parameter its moments ("exp_avg/NAME", whole) and the optimizer its count of updates.
 
-        Each rank keeps the slices it owns, so ranks and ZeRO stage may differ from those that saved them.
+        Those that are not given are zero. Each rank keeps the slices it owns, so ranks and ZeRO stage may differ from
+        those that saved them.
         """
         self._create_moments(num_updates)
         for name, parameter in self.trainable():
             for key in self.moment_names:
-                self._set_moment(parameter, key, moments[name][key].to(parameter.device))
+                if f"{key}/{name}" in moments:
+                    self._set_moment(parameter, key, moments[f"{key}/{name}"].to(parameter.device))
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if self._stage == 0:

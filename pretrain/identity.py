@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ class Identity:
     towers: dict[str, Any]
     embedding_dim: int
     objective: list[dict[str, Any]]
+    optimizer: str
     tokenizer: str | None  # digest; None: no text
     dataset: str  # digest of the training split
     global_batch: int
@@ -31,6 +33,7 @@ class Identity:
             towers=config.towers.model_dump(mode="json"),
             embedding_dim=config.embedding_dim,
             objective=[part.model_dump(mode="json", exclude={"tile"}) for part in config.objective],
+            optimizer=config.optimizer.name,
             tokenizer=tokenizer_digest(config),
             dataset=dataset_digest,
             global_batch=config.train.global_batch,
@@ -59,18 +62,30 @@ def check_tokenizer(checkpoint: Path, found: dict[str, Any], config: RunConfig) 
         )
 
 
-def check_identity(checkpoint: Path, found: dict[str, Any], wanted: Identity) -> None:
+def check_identity(checkpoint: Path, found: dict[str, Any], wanted: Identity, accept: Sequence[str] = ()) -> list[str]:
     """Refuse a checkpoint of another model, objective, dataset or order; `found` is what its description says.
 
+    accept: fields in which it may differ. Returns a line for each such difference.
+
     Raises:
-        UserError: names each difference, what was found and what this run has.
+        UserError: names each other difference, what was found and what this run has.
     """
-    lines = differences("", found, asdict(wanted))
-    if lines:
+    refused: dict[str, list[str]] = {}
+    accepted = []
+    for field, here in asdict(wanted).items():
+        lines = differences(field, found.get(field), here)
+        if lines and field in accept:
+            accepted += [f"accepted: {line}" for line in lines]
+        elif lines:
+            refused[field] = lines
+    if refused:
+        lines = [line for lines in refused.values() for line in lines]
+        options = " ".join(f"--accept {field}" for field in refused)
         raise UserError(
             f"checkpoint {checkpoint} belongs to another run: {'; '.join(lines)}; "
-            "use another run_dir, or init_from to start from its weights"
+            f"use another run_dir, init_from to start from its weights, or go on with {options}"
         )
+    return accepted
 
 
 def differences(place: str, found: Any, wanted: Any) -> list[str]:

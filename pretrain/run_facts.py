@@ -6,7 +6,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from data_pipeline.shards import write_json
+from pretrain.collectives import World
+from pretrain.config import RunConfig
 
 NAME = "run.json"
 
@@ -21,6 +26,25 @@ class RunFacts:
     num_trained_parameters: int
     num_train_samples: int
     num_validation_samples: int | None
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, config: RunConfig, world: World, num_train_samples: int, num_held_out: int | None
+    ) -> RunFacts:
+        """Facts of a run whose model is still whole. The average of the towers is not counted."""
+        parts = dict.fromkeys((*config.towers.names, "objective"), 0)
+        for name, parameter in model.named_parameters():
+            if not name.startswith("average."):
+                parts[name.split(".")[2] if name.startswith("towers.") else "objective"] += parameter.numel()
+        on_gpu = world.device.type == "cuda"
+        return cls(
+            num_ranks=world.size,
+            device=torch.cuda.get_device_name(world.device) if on_gpu else "CPU",
+            parameters=parts,
+            num_trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            num_train_samples=num_train_samples,
+            num_validation_samples=None if num_held_out is None else min(num_held_out, config.validation.max_samples),
+        )
 
     def write(self, run: Path) -> None:
         """Write RUN/run.json, whole or not at all."""

@@ -6,6 +6,7 @@ A resumed run first drops every line later than its checkpoint, so the log is th
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -32,10 +33,13 @@ class StageClock:
         self._device = device
         self._seconds: dict[str, float] = {}
         self._inner_s = 0.0  # spent in stages inside the current one
+        self._position = ("start", time.monotonic())
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time what happens inside."""
+        outer, _ = self._position
+        self._position = (name, time.monotonic())
         started, before = self._now(), self._inner_s
         self._inner_s = 0.0
         try:
@@ -44,6 +48,12 @@ class StageClock:
             whole_s = self._now() - started
             self._seconds[name] = self._seconds.get(name, 0.0) + whole_s - self._inner_s
             self._inner_s = before + whole_s
+            self._position = (outer, time.monotonic())
+
+    def position(self) -> tuple[str, float]:
+        """The innermost stage that is under way, and for how many seconds none has begun or ended."""
+        name, since = self._position
+        return name, time.monotonic() - since
 
     def take(self) -> dict[str, float]:
         """{"time_s/data": ...} so far; starts again from zero."""
@@ -69,6 +79,7 @@ class RunLog:
                 run / VALIDATION,
                 *run.glob("samples/*.jsonl"),
                 *run.glob("data_problems/*.jsonl"),
+                *run.glob("skipped_steps/*.jsonl"),
             ):
                 keep_until(path, resumed_step)
             from torch.utils.tensorboard import SummaryWriter
@@ -76,11 +87,12 @@ class RunLog:
             self._board = SummaryWriter(str(run), purge_step=resumed_step + 1)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics."""
+        """One line of metrics. Numbers that are not finite are left out: JSON cannot say them."""
         if self._rank != 0:
             return
-        append_line(self._run / METRICS, {"step": step, **values})
-        for name, value in values.items():
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        append_line(self._run / METRICS, {"step": step, **finite})
+        for name, value in finite.items():
             self._board.add_scalar(name, value, step)
         if step % self._log_every == 0 or step == self._num_steps:
             self.say(self._line(step, values))
@@ -127,6 +139,16 @@ class RunLog:
         """The keys of this rank's samples of a step."""
         record = {"step": step, "position": batch.position, "epochs": batch.epochs.tolist(), "keys": batch.keys}
         append_line(self._run / "samples" / f"rank-{self._rank:05d}.jsonl", record)
+
+    def skipped(self, step: int, batch: Batch, values: dict[str, float]) -> None:
+        """A step that changed nothing, with the keys of this rank's samples."""
+        what = {name: str(values[name]) for name in ("loss", "grad_norm")}
+        record = {"step": step, "position": batch.position, **what, "keys": batch.keys}
+        append_line(self._run / "skipped_steps" / f"rank-{self._rank:05d}.jsonl", record)
+        self.say(
+            f"step {step} skipped: loss {what['loss']}, gradient norm {what['grad_norm']}; its samples are in "
+            f"{self._run / 'skipped_steps'}; look at it: parallelotope replay {self._run} --step {step}"
+        )
 
     def data_problems(self, step: int, batch: Batch) -> None:
         """Members of this rank's samples that could not be read."""

@@ -107,7 +107,7 @@ def check_stages(world: World, argument: Any) -> dict[str, dict[str, float]]:
 def resumed_difference(engine: Engine, stage: int, rows: Tensor, world: World) -> float:
     """One more step of `engine`, and of an engine of every other stage that took over its state: largest difference."""
     weights = {name: engine.full_weight(p).clone() for name, p in engine.trainable()}
-    moments = {name: {k: v.clone() for k, v in engine.moments(p).items()} for name, p in engine.trainable()}
+    moments = {f"{k}/{name}": v.clone() for name, p in engine.trainable() for k, v in engine.moments(p).items()}
     heir_model = Toy()
     heir_model.load_state_dict(weights)
     heir = Engine(heir_model, groups(heir_model), run_config(zero_stage=(stage + 1) % 4, grad_clip=0.5), world)

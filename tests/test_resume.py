@@ -260,7 +260,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path, small_dataset: Pat
 def test_weights_of_another_shape_are_refused(uninterrupted: Path) -> None:
     source = finished_checkpoints(uninterrupted)[-1]
     with pytest.raises(UserError, match="is of another model"):
-        checkpoint.load_weights(torch.nn.Linear(2, 2), load_tensors(source), source)
+        checkpoint.load_weights(torch.nn.Linear(2, 2), load_tensors(source))
 
 
 def mounted(folder: Path, size: str) -> bool:

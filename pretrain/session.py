@@ -1,0 +1,99 @@
+"""A run at one of its steps, ready to make the next: data, model, engine, gradient cache. Writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from data_pipeline.shards import ShardedDataset
+from pretrain import checkpoint
+from pretrain.collectives import World
+from pretrain.config import RunConfig
+from pretrain.data.batch import Batch
+from pretrain.data.loader import TrainLoader
+from pretrain.engine import Engine
+from pretrain.grad_cache import GradCache
+from pretrain.identity import Identity
+from pretrain.model import PretrainModel
+from pretrain.resume import restore
+from pretrain.run_facts import RunFacts
+from pretrain.run_log import StageClock
+from pretrain.schedule import learning_rate
+from pretrain.towers.build import parameter_groups
+
+
+class Session:
+    """What a step needs. `progress` counts the steps made.
+
+    Args:
+        source: the checkpoint to go on from; None: the newest whole one of the run, or its beginning.
+
+    Raises:
+        UserError: the data, the checkpoint or the weights to start from do not fit the config.
+    """
+
+    def __init__(self, config: RunConfig, world: World, source: Path | None = None) -> None:
+        self.config, self.world = config, world
+        self.dataset = ShardedDataset(config.data.train.path, config.data.train.split)
+        held_out = config.data.validation
+        self.validation = ShardedDataset(held_out.path, held_out.split) if held_out else None
+        self.identity = Identity.of(config, self.dataset.digest)
+        model = PretrainModel(config)
+        start = restore(config, model, self.identity, world, source)
+        self.progress, self.notes = start.progress, start.notes
+        # Counted before ZeRO takes the parameters apart.
+        num_held_out = None if self.validation is None else len(self.validation)
+        self.facts = RunFacts.of(model, config, world, len(self.dataset), num_held_out)
+        groups = parameter_groups(model, config.optimizer.weight_decay)
+        self.engine = Engine(model.to(world.device), groups, config, world)
+        if start.tensors is not None:
+            checkpoint.load_moments(self.engine, start.tensors, self.progress.num_updates)
+        self.clock = StageClock(world.device)
+        self.cache = GradCache(
+            engine=self.engine,
+            world=world,
+            chunk=config.train.chunk,
+            seed=config.seed,
+            loss_dtype=torch.float64 if config.train.loss_precision == "fp64" else torch.float32,
+            stage=self.clock.stage,
+        )
+
+    def loader(self) -> TrainLoader:
+        """This rank's rows of the global batches that are still to come."""
+        config, world = self.config, self.world
+        return TrainLoader(
+            self.dataset, config.data, config.towers, global_batch=config.train.global_batch, seed=config.seed,
+            rank=world.rank, world=world.size, start_position=self.progress.position,
+        )  # fmt: skip
+
+    def step(self, batch: Batch) -> tuple[dict[str, float], bool]:
+        """Make the next step. Returns its metrics, and whether the weights changed.
+
+        They stay as they were, on all ranks, where the loss or the gradient is not finite.
+        """
+        number = self.progress.step + 1
+        metrics = self.cache.backward(batch, number)
+        with self.clock.stage("step"):
+            lr = learning_rate(number - 1, self.config.optimizer, self.config.schedule)
+            update = self.engine.step(lr)
+            if update.applied:
+                self._move_average()
+        self.progress = replace(
+            self.progress,
+            step=number,
+            position=batch.next_position,
+            num_updates=self.progress.num_updates + update.applied,
+            num_skipped=0 if update.applied else self.progress.num_skipped + 1,
+        )
+        return {**metrics, "lr": lr, "grad_norm": update.grad_norm}, update.applied
+
+    def _move_average(self) -> None:
+        """The average follows faster at first, as in TensorFlow's ExponentialMovingAverage(num_updates=...)."""
+        model = self.engine.model
+        assert isinstance(model, PretrainModel)
+        if self.config.train.ema_decay is not None and model.average is not None:
+            made = self.progress.num_updates
+            keep = min(self.config.train.ema_decay, (1 + made) / (10 + made))
+            self.engine.move_average(model.average, model.towers, keep)
