@@ -19,7 +19,7 @@ from launch.local import run, this_machine
 from launch.plan import EXIT_RUN_AGAIN, local_plan, node_plan, render, train_argv
 from launch.rendezvous import check_meeting_point, describe, place_of_this_node, say
 from pretrain.config import RunConfig
-from pretrain.preflight import check_run
+from pretrain.preflight import Accept, check_run, with_accepted
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML of pretrain.config.RunConfig.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Keys to change: train.chunk=64 ...")]
@@ -29,6 +29,7 @@ def local(
     config: ConfigPath,
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes; on GPUs, one each.")] = 1,
+    accept: Accept = None,
     dry_run: Annotated[bool, typer.Option(help="Print what would be started, and start nothing.")] = False,
 ) -> None:
     """Train the towers of CONFIG on several ranks of this machine; the same command resumes.
@@ -36,11 +37,12 @@ def local(
     Exit codes: 0 finished, 75 stopped on a signal with a checkpoint (run it again), 2 a mistake, else that of the
     first rank that failed (128 + its signal).
     """
-    settings = load_settings(RunConfig, config, overrides or [])
+    changes = with_accepted(overrides, accept)
+    settings = load_settings(RunConfig, config, changes)
     check_run(settings, ranks)
     machine = this_machine()
     log_dir = Path(settings.run_dir) / "logs"
-    argv = train_argv(sys.executable, str(config), overrides or [])
+    argv = train_argv(sys.executable, str(config), changes)
     plan = local_plan(argv, ranks, log_dir, machine, os.environ)
     if dry_run:
         print(render(plan), end="")

@@ -26,7 +26,7 @@ from launch.kubernetes import (
 )
 from launch.rendezvous import say
 from pretrain.config import RunConfig
-from pretrain.preflight import check_data, check_ranks
+from pretrain.preflight import Accept, check_data, check_ranks, with_accepted
 
 
 def kubernetes(
@@ -47,13 +47,14 @@ def kubernetes(
     max_restarts: Annotated[int, typer.Option(min=0, help="After failures; a stop with a checkpoint is none.")] = 10,
     grace_s: Annotated[int, typer.Option(min=30, help="Time to finish a step and save when a pod must go.")] = 300,
     name: Annotated[str | None, typer.Option(help="Of the JobSet; default: the run folder's.")] = None,
+    accept: Accept = None,
     dry_run: Annotated[bool, typer.Option(help="Print the manifest and create nothing.")] = False,
 ) -> None:
     """Train the towers of CONFIG in pods, as a JobSet that restarts and resumes.
 
     CONFIG, overrides applied, is part of the manifest; nothing has to be copied to the cluster but the data.
     """
-    settings = load_settings(RunConfig, config, overrides or [])
+    settings = load_settings(RunConfig, config, with_accepted(overrides, accept))
     ranks = ranks_per_node or gpus_per_node or 1
     check_ranks(settings, nodes * ranks)
     volumes = tuple(parse_volume(text) for text in pvc or [])

@@ -14,7 +14,7 @@ from launch.command import ConfigPath, Overrides, make_folder
 from launch.rendezvous import say
 from launch.slurm import SlurmJob, parse_option, render_script, submit
 from pretrain.config import RunConfig
-from pretrain.preflight import check_run
+from pretrain.preflight import Accept, check_run, with_accepted
 
 CONFIG, SCRIPT = "job.yaml", "job.sbatch"  # in the run folder
 
@@ -39,6 +39,7 @@ def slurm(
     max_requeues: Annotated[int, typer.Option(min=0, help="Lives after the first.")] = 20,
     requeue: Annotated[bool, typer.Option(help="Whether the job may be requeued; some sites forbid it.")] = True,
     name: Annotated[str | None, typer.Option(help="Of the job; default: the run folder's.")] = None,
+    accept: Accept = None,
     dry_run: Annotated[bool, typer.Option(help="Print the script and submit nothing.")] = False,
 ) -> None:
     """Train the towers of CONFIG as a Slurm job that requeues itself at its time limit and resumes.
@@ -46,7 +47,7 @@ def slurm(
     Everything that can be wrong with the config, the data and the ranks is found before anything is queued. The job
     reads RUN/job.yaml, the config as it is now: editing CONFIG while the job waits changes nothing.
     """
-    settings = load_settings(RunConfig, config, overrides or [])
+    settings = load_settings(RunConfig, config, with_accepted(overrides, accept))
     ranks = ranks_per_node or gpus_per_node or 1
     check_run(settings, nodes * ranks)
     run_dir = Path(settings.run_dir).absolute()

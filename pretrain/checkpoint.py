@@ -226,22 +226,21 @@ def load_moments(engine: Engine, tensors: StoredTensors, num_updates: int) -> No
     engine.set_moments(tensors, num_updates)
 
 
-def prune(run: Path, keep_last: int, best_step: int | None, keep_every_steps: int | None = None) -> list[Path]:
-    """Delete what was not asked to be kept, and leftovers of interrupted saves. No save may be under way.
+def to_prune(run: Path, keep_last: int, best_step: int | None, keep_every_steps: int | None = None) -> list[Path]:
+    """Checkpoints but the newest `keep_last` (at least one), the best, and those whose step `keep_every_steps` divides;
+    and leftovers of interrupted saves."""
+    old = finished_checkpoints(run)[: -max(1, keep_last)]
+    steps = {path: int(path.name.removeprefix("step-")) for path in old}
+    kept = {path for path, step in steps.items() if keep_every_steps and step % keep_every_steps == 0}
+    leftovers = checkpoints_folder(run).glob(".step-*.partial")
+    return [*(path for path in old if path not in kept and steps[path] != best_step), *leftovers]
 
-    Kept are the newest `keep_last` (at least one), the best, and those whose step `keep_every_steps` divides. Returns
-    what was deleted.
-    """
-    deleted = []
-    for leftover in checkpoints_folder(run).glob(".step-*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
-        deleted.append(leftover)
-    for checkpoint in finished_checkpoints(run)[: -max(1, keep_last)]:
-        step = int(checkpoint.name.removeprefix("step-"))
-        if step != best_step and not (keep_every_steps and step % keep_every_steps == 0):
+
+def prune(run: Path, keep_last: int, best_step: int | None, keep_every_steps: int | None = None) -> None:
+    """Delete what `to_prune` names. No save may be under way."""
+    for doomed in to_prune(run, keep_last, best_step, keep_every_steps):
+        hidden = doomed.with_name(f".{doomed.name}.partial")
+        if not doomed.name.startswith("."):
             # Renamed first: a kill in the middle of deleting must not leave half a checkpoint under its name.
-            doomed = checkpoint.with_name(f".{checkpoint.name}.partial")
-            os.replace(checkpoint, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-            deleted.append(checkpoint)
-    return deleted
+            os.replace(doomed, hidden)
+        shutil.rmtree(doomed if doomed.name.startswith(".") else hidden, ignore_errors=True)

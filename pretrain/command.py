@@ -11,25 +11,26 @@ import typer
 from data_pipeline.settings import load_settings
 from data_pipeline.shards import write_json
 from pretrain.config import RunConfig
-from pretrain.preflight import check_run, num_ranks, run_folder
+from pretrain.preflight import Accept, check_run, num_ranks, run_folder, with_accepted
 from pretrain.signals import StopRequest
 
 
 def pretrain(
     config: Annotated[Path, typer.Argument(help="YAML of pretrain.config.RunConfig.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Keys to change: train.chunk=64 ...")] = None,
+    accept: Accept = None,
 ) -> None:
     """Train the towers of CONFIG on this rank; the same command resumes.
 
     Runs alone, or as one rank under torchrun, deepspeed, srun or `parallelotope launch`. Exit codes: 0 finished,
     75 stopped on a signal with a checkpoint (run it again), 2 a mistake, said in one line.
     """
-    settings = load_settings(RunConfig, config, overrides or [])
+    settings = load_settings(RunConfig, config, with_accepted(overrides, accept))
     check_run(settings, num_ranks())
     stop = StopRequest()  # before the imports, which take seconds
     from pretrain.ranks import join_ranks, leave_ranks
 
-    world = join_ranks(settings.train.threads)
+    world = join_ranks(settings.train.threads, settings.faults.stage_timeout_s)
     from pretrain.memory import out_of_memory_said
     from pretrain.trainer import Trainer
 

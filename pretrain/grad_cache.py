@@ -41,6 +41,7 @@ class GradCache:
     chunk: samples a rank holds activations for at once. seed: of the run; draws are keyed by
     (seed, step, tower, global micro-chunk). loss_dtype: in which the objective is computed. stage(name): context
     around pass_1, objective, pass_2, for timing; around gather, inside objective: what its ranks tell each other.
+    observe(what, tensors): is shown the local "embeddings" and their "cached gradients", {modality: [n, D]}.
     """
 
     engine: Engine
@@ -49,6 +50,7 @@ class GradCache:
     seed: int
     loss_dtype: torch.dtype = torch.float64
     stage: Callable[[str], AbstractContextManager[None]] = field(default=no_stage)
+    observe: Callable[[str, dict[str, Tensor]], None] | None = None
 
     def backward(self, batch: Batch, step: int) -> dict[str, float]:
         """Leave the gradient of the loss of the global batch in the engine; returns global scalar metrics.
@@ -68,6 +70,9 @@ class GradCache:
             metrics, vector_grads, scalar_grads = self._loss_gradients(vectors, scalars, batch)
             if not math.isfinite(metrics["loss"]):
                 vector_grads = {name: torch.full_like(grad, torch.nan) for name, grad in vector_grads.items()}
+        if self.observe is not None:
+            self.observe("embeddings", vectors)
+            self.observe("cached gradients", vector_grads)
         with self.stage("pass_2"), self.engine.coalesced():
             for index, (start, stop) in enumerate(chunks):
                 embeddings, learned = outputs[0] if once else self._forward(batch, (start, stop), step)

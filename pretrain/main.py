@@ -34,6 +34,7 @@ COMMANDS = {
     "verify": Entry(target="data_pipeline.command:verify", help="Re-read every byte of a sharded dataset."),
     "inspect": Entry(target="pretrain.inspection.command:inspect", help="What a dataset holds and the model will see."),
     "pretrain": Entry(target="pretrain.command:pretrain", help="Train the towers of a config on this rank."),
+    "replay": Entry(target="pretrain.replay_command:replay", help="Make one recorded step again and look into it."),
     "evaluate": Entry(target="pretrain.command:evaluate", help="Retrieval metrics of a run on a dataset's split."),
     "report": Entry(target="pretrain.report.command:report", help="report.html of a run, or of several compared."),
     "export": Entry(target="pretrain.export_command:export", help="The towers of a run, to use them elsewhere."),
@@ -45,6 +46,15 @@ LAUNCH_COMMANDS = {
     "kubernetes": Entry(target="launch.kubernetes_command:kubernetes", help="Train in pods, as a JobSet."),
     "ray": Entry(target="launch.ray_command:ray", help="Shard a corpus as a job of a Ray cluster."),
     "node": Entry(target="launch.command:node", help="One machine's ranks of a job; batch scripts call it."),
+}
+CHECKPOINT_COMMANDS = {
+    "list": Entry(target="pretrain.checkpoint_command:list_checkpoints", help="The checkpoints of a run."),
+    "inspect": Entry(target="pretrain.checkpoint_command:inspect_checkpoint", help="What a checkpoint holds."),
+    "prune": Entry(target="pretrain.checkpoint_command:prune_checkpoints", help="Delete checkpoints of a run."),
+}
+GROUPS = {
+    "launch": (LAUNCH_COMMANDS, "Start a run somewhere."),
+    "checkpoint": (CHECKPOINT_COMMANDS, "Look at the checkpoints of a run."),
 }
 EXTRA_PACKAGES = ("deepspeed", "ray", "webdataset", "tensorboard", "plotly", "jinja2")  # of the extra `train`
 
@@ -80,17 +90,16 @@ def _command(name: str, function: Callable[..., Any], help_line: str | None) -> 
 
 
 def build_app() -> typer.Typer:
-    """The command-line application, with every sub-command of the two tables."""
+    """The command-line application, with every sub-command of the tables."""
     app = typer.Typer(
         cls=_lazy_group(COMMANDS), add_completion=False, no_args_is_help=True, rich_markup_mode=None,
         pretty_exceptions_enable=False, help="Pretrain video-audio-text encoders on a global batch, exactly.",
     )  # fmt: skip
-    launch = typer.Typer(
-        cls=_lazy_group(LAUNCH_COMMANDS), no_args_is_help=True, rich_markup_mode=None, help="Start a run somewhere."
-    )
     app.callback()(lambda: None)
-    launch.callback()(lambda: None)
-    app.add_typer(launch, name="launch")
+    for name, (entries, purpose) in GROUPS.items():
+        group = typer.Typer(cls=_lazy_group(entries), no_args_is_help=True, rich_markup_mode=None, help=purpose)
+        group.callback()(lambda: None)
+        app.add_typer(group, name=name)
     return app
 
 

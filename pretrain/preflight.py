@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from data_pipeline.settings import UserError, nearest
 from data_pipeline.shards import read_dataset_json
 from pretrain.config import RunConfig
+
+Accept = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="In what the checkpoint to go on from may differ: dataset, objective, ... (config key `accept`)."
+    ),
+]
+
+
+def with_accepted(overrides: Sequence[str] | None, accept: Sequence[str] | None) -> list[str]:
+    """The overrides of a command line, with its `--accept` options as one more."""
+    return [*(overrides or []), *([f"accept=[{','.join(accept)}]"] if accept else [])]
 
 
 def check_run(config: RunConfig, ranks: int) -> None:

@@ -16,13 +16,14 @@ from pretrain.collectives import World
 from pretrain.engine import prepare_environment
 from pretrain.preflight import first_host, slurm_port, slurm_variable
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+MARGIN_S = 60.0  # the watchdog of a rank that hangs speaks before those that wait for it give up
 
 
-def join_ranks(threads: int) -> World:
+def join_ranks(threads: int, stage_timeout_s: float) -> World:
     """Initialise torch.distributed (NCCL with a GPU, gloo without) and pick this rank's device.
 
-    threads: CPU threads of this rank; 0 shares the machine's cores among its ranks.
+    threads: CPU threads of this rank; 0 shares the machine's cores among its ranks. stage_timeout_s: how long a stage
+    of a step may take; collectives are given up a little later.
 
     Raises:
         UserError: the environment names a rank but not where rank 0 listens, or the ranks cannot meet.
@@ -38,8 +39,9 @@ def join_ranks(threads: int) -> World:
         torch.backends.cuda.matmul.allow_tf32 = False
     else:
         device = torch.device("cpu")
+    timeout = timedelta(seconds=stage_timeout_s + MARGIN_S)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(

@@ -32,27 +32,22 @@ class Start:
     notes: list[str]
 
 
-def restore(
-    config: RunConfig, model: PretrainModel, identity: Identity, world: World, source: Path | None = None
-) -> Start:
-    """Put the weights that the run starts from into `model`; a collective call.
+def restore(config: RunConfig, model: PretrainModel, identity: Identity, source: Path | None) -> Start:
+    """Put the weights that the run starts from into `model`.
 
-    source: the checkpoint to go on from; None: the newest whole one. Rank 0 chooses, since it alone reads all of them.
+    source: the checkpoint to go on from; None: the run begins.
 
     Raises:
-        UserError: on every rank: the checkpoint belongs to another run, or has other weights.
+        UserError: the checkpoint belongs to another run, or has other weights.
     """
-    notes: list[str] = []
-    if source is None:
-        source, notes = _newest(Path(config.run_dir), world)
     if source is None:
         if config.init_from is None:
-            return Start(progress=Progress(), tensors=None, notes=notes)
+            return Start(progress=Progress(), tensors=None, notes=[])
         source = locate(Path(config.init_from), "last")
         load_weights(model, StoredTensors(source))
-        return Start(progress=Progress(), tensors=None, notes=[*notes, f"weights from {source}"])
+        return Start(progress=Progress(), tensors=None, notes=[f"weights from {source}"])
     description = read_description(source)
-    notes += check_identity(source, description["identity"], identity, config.accept)
+    notes = check_identity(source, description["identity"], identity, config.accept)
     tensors = StoredTensors(source)
     notes += load_weights(model, tensors, _may_differ(config.accept))
     notes.append(f"resumed from {source}")
@@ -63,7 +58,14 @@ def _may_differ(accept: Sequence[str]) -> list[str]:
     return [part for name in accept for part in PARTS.get(name, ())]
 
 
-def _newest(run: Path, world: World) -> tuple[Path | None, list[str]]:
+def newest_checkpoint(run: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The checkpoint that a run goes on from, and what is to be said of it. A collective call.
+
+    Rank 0 chooses, since it alone reads every byte.
+
+    Raises:
+        UserError: on every rank: the newest one has another format.
+    """
     answer: dict[str, str | list[str] | None] = {}
     if world.rank == 0:
         try:

@@ -28,20 +28,20 @@ class Session:
     """What a step needs. `progress` counts the steps made.
 
     Args:
-        source: the checkpoint to go on from; None: the newest whole one of the run, or its beginning.
+        source: the checkpoint to go on from; None: the run begins.
 
     Raises:
         UserError: the data, the checkpoint or the weights to start from do not fit the config.
     """
 
-    def __init__(self, config: RunConfig, world: World, source: Path | None = None) -> None:
+    def __init__(self, config: RunConfig, world: World, source: Path | None) -> None:
         self.config, self.world = config, world
         self.dataset = ShardedDataset(config.data.train.path, config.data.train.split)
         held_out = config.data.validation
         self.validation = ShardedDataset(held_out.path, held_out.split) if held_out else None
         self.identity = Identity.of(config, self.dataset.digest)
         model = PretrainModel(config)
-        start = restore(config, model, self.identity, world, source)
+        start = restore(config, model, self.identity, source)
         self.progress, self.notes = start.progress, start.notes
         # Counted before ZeRO takes the parameters apart.
         num_held_out = None if self.validation is None else len(self.validation)
@@ -73,8 +73,17 @@ class Session:
 
         They stay as they were, on all ranks, where the loss or the gradient is not finite.
         """
+        metrics = self.backward(batch)
+        done, applied = self.update(batch)
+        return metrics | done, applied
+
+    def backward(self, batch: Batch) -> dict[str, float]:
+        """The first half of a step: its gradient, in the engine."""
+        return self.cache.backward(batch, self.progress.step + 1)
+
+    def update(self, batch: Batch) -> tuple[dict[str, float], bool]:
+        """The second half: the update, and the progress."""
         number = self.progress.step + 1
-        metrics = self.cache.backward(batch, number)
         with self.clock.stage("step"):
             lr = learning_rate(number - 1, self.config.optimizer, self.config.schedule)
             update = self.engine.step(lr)
@@ -87,7 +96,7 @@ class Session:
             num_updates=self.progress.num_updates + update.applied,
             num_skipped=0 if update.applied else self.progress.num_skipped + 1,
         )
-        return {**metrics, "lr": lr, "grad_norm": update.grad_norm}, update.applied
+        return {"lr": lr, "grad_norm": update.grad_norm}, update.applied
 
     def _move_average(self) -> None:
         """The average follows faster at first, as in TensorFlow's ExponentialMovingAverage(num_updates=...)."""

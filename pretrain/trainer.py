@@ -20,6 +20,7 @@ from pretrain.data.batch import Batch
 from pretrain.evaluate import validation_score
 from pretrain.identity import differences
 from pretrain.kept_embeddings import embeddings_path
+from pretrain.resume import newest_checkpoint
 from pretrain.run_lock import hold_run
 from pretrain.run_log import BETWEEN_STEPS, RunLog
 from pretrain.session import Session
@@ -41,7 +42,9 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.stop = stop or StopRequest()
         self.lock = hold_run(self.run_dir) if world.rank == 0 else None
-        self.session = Session(config, world)
+        source, notes = newest_checkpoint(self.run_dir, world)
+        self.session = Session(config, world, source)
+        self.session.notes[:0] = notes
         self.clock = self.session.clock
         self.writer = CheckpointWriter(config, self.session.engine, self.session.identity, world)
         self.last_save = time.monotonic()
