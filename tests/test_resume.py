@@ -52,7 +52,7 @@ def write_config(path: Path, dataset: Path, run: Path, **changes: Any) -> Path:
         "validation": {"every_steps": 5},
     }
     for key, value in changes.items():
-        config[key] = {**config[key], **value} if isinstance(value, dict) else value  # type: ignore[dict-item]
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value  # type: ignore[dict-item]
     path.write_text(yaml.safe_dump(config))
     return path
 
