@@ -1,7 +1,7 @@
-"""Checkpoints free of topology: fp32 weights and moments by parameter name, whole, whatever the ranks or ZeRO stage.
+"""Checkpoints free of topology: fp32 weights and moments in slices by parameter name, whatever the ranks or ZeRO stage.
 
     RUN/checkpoints/step-00000100/
-        state-00000.safetensors ...   each rank writes a share of the tensors
+        state-00000.safetensors ...   each rank writes the slices that lie on it
         checkpoint.json               progress, identity, config, and the files with their SHA-256
 
 This file reads them; `checkpoint_writer` writes them. Order, augmentation and dropout are functions of the seed and the
@@ -11,6 +11,7 @@ step: no generator state is saved.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,36 +145,65 @@ def locate(path: Path, which: str) -> Path:
     return chosen
 
 
+def slice_key(name: str, start: int) -> str:
+    """Under which key a file holds the elements from `start` on of a flattened tensor."""
+    return f"{name}@{start}"
+
+
 class StoredTensors(Mapping[str, Tensor]):
-    """Tensors of a checkpoint, each read when it is asked for: `weight/NAME`, `buffer/NAME`, `exp_avg/NAME`, ...
+    """Tensors of a checkpoint, each put together from its slices when it is asked for.
+
+    Names: `weight/NAME`, `buffer/NAME`, `exp_avg/NAME`, ... A file holds a whole tensor under its name, or a slice of
+    it under `slice_key`.
 
     Raises:
-        UserError: a file cannot be opened.
+        UserError: a file cannot be opened, or slices are missing.
     """
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
+        description = read_description(checkpoint)
         self._files: dict[str, Any] = {}
-        for name in sorted(read_description(checkpoint)["files"]):
+        for name in sorted(description["files"]):
             try:
                 stored = safe_open(checkpoint / name, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise UserError(f"checkpoint {checkpoint / name}: cannot be opened: {error}") from error
             self._files |= dict.fromkeys(stored.keys(), stored)
+        self._slices: dict[str, list[tuple[int, str]]] = {}
+        for key in self._files:
+            name, at, start = key.rpartition("@")
+            if at:
+                self._slices.setdefault(name, []).append((int(start), key))
+        self._shapes: dict[str, tuple[int, ...]] = {n: tuple(description["shapes"][n]) for n in self._slices}
+        self._shapes |= {key: self._stored_shape(key) for key in self._files if "@" not in key}
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
+        if name not in self._slices:
+            return self._read(name)
+        parts = [(start, self._read(key)) for start, key in sorted(self._slices[name])]
+        ends = [0, *(start + len(part) for start, part in parts)]
+        whole = math.prod(self._shapes[name])
+        if [start for start, _ in parts] != ends[:-1] or ends[-1] != whole:
+            raise UserError(f"checkpoint {self.checkpoint}: slices of {name} do not make its {whole} elements")
+        return torch.cat([part for _, part in parts]).view(self._shapes[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._shapes)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._shapes[name]
+
+    def _read(self, key: str) -> Tensor:
+        tensor: Tensor = self._files[key].get_tensor(key)
+        return tensor
+
+    def _stored_shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._files[key].get_slice(key).get_shape())
 
 
 def load_tensors(checkpoint: Path) -> StoredTensors:

@@ -32,6 +32,7 @@ from pretrain.checkpoint import (
     checkpoints_folder,
     persistent_buffers,
     prune,
+    slice_key,
 )
 from pretrain.collectives import World
 from pretrain.config import RunConfig
@@ -117,16 +118,14 @@ class CheckpointWriter:
         self._thread.shutdown()
 
     def _copy_share(self) -> dict[str, Tensor]:
-        """This rank's share of the state on the host; every rank takes part in gathering every tensor."""
-        mine = self._world.rank
+        """The slices that lie on this rank, copied to the host."""
         share: dict[str, Tensor] = {}
         for name, parameter in self._engine.model.named_parameters():
-            found = {f"weight/{name}": self._engine.full_weight(parameter)}
-            if parameter.requires_grad:
-                found |= {f"{key}/{name}": value for key, value in self._engine.moments(parameter).items()}
-            if self._owners[name] == mine:
-                share |= {key: self._to_host(key, value) for key, value in found.items()}
-        if mine == 0:
+            is_owner = self._owners[name] == self._world.rank
+            for kind, part in self._engine.own_slices(parameter, is_owner).items():
+                key = slice_key(f"{kind}/{name}", part.start)
+                share[key] = self._to_host(key, part.values)
+        if self._world.rank == 0:
             buffers = persistent_buffers(self._engine.model)
             share |= {f"buffer/{name}": self._to_host(f"buffer/{name}", value) for name, value in buffers.items()}
         if self._world.device.type == "cuda":
@@ -148,6 +147,7 @@ class CheckpointWriter:
             "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
             "config": config,
             "num_ranks": self._world.size,
+            "shapes": self._shapes(),
             "files": _collect_digests(pending.partial),
         }
         write_json(pending.partial / "checkpoint.json", description)
@@ -156,6 +156,14 @@ class CheckpointWriter:
         publish(pending.partial, pending.final)
         keep = self._config.checkpoint
         prune(self._run, keep.keep_last, pending.progress.best_step, keep.keep_every_steps)
+
+    def _shapes(self) -> dict[str, list[int]]:
+        """Of what is stored in slices."""
+        shapes: dict[str, list[int]] = {}
+        for name, parameter in self._engine.model.named_parameters():
+            kinds = ("weight", *(self._engine.moment_names if parameter.requires_grad else ()))
+            shapes |= {f"{kind}/{name}": list(getattr(parameter, "ds_shape", parameter.shape)) for kind in kinds}
+        return shapes
 
     def _agree(self, problem: OSError | None, final: Path, partial: Path) -> None:
         """All ranks go on, or all raise with the same reason."""
@@ -173,7 +181,7 @@ class CheckpointWriter:
 
 
 def _owners(model: nn.Module, num_ranks: int) -> dict[str, int]:
-    """Which rank writes which parameter: the largest first, each to the rank with the least so far."""
+    """Which rank writes what all hold whole: the largest first, each to the rank with the least so far."""
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
     loads = [0] * num_ranks
     owners = {}

@@ -64,6 +64,14 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Elements from `start` on of a flattened tensor."""
+
+    start: int
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Update:
     """What a step did. grad_norm: before clipping. applied: false where the gradient was not finite on some rank."""
 
@@ -192,6 +200,37 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         return {key: safe_get_full_optimizer_state(parameter, key) for key in self.moment_names}
+
+    def own_slices(self, parameter: nn.Parameter, is_owner: bool) -> dict[str, Slice]:
+        """The part of a parameter's "weight" and moments that lies on this rank; over all ranks every element once.
+
+        is_owner: this rank answers for what all ranks hold whole. No collective call, and nothing is copied.
+        """
+        if self._stage == 3:
+            return self._zero3_slices(parameter)
+        if self._stage == 0 or not parameter.requires_grad:
+            if not is_owner:
+                return {}
+            held = {"weight": parameter.detach(), **(self.moments(parameter) if parameter.requires_grad else {})}
+            return {key: Slice(start=0, values=value.reshape(-1)) for key, value in held.items()}
+        fragment = getattr(parameter, "_hp_mapping", None)  # of fp32 ("high precision") weights and moments
+        if fragment is None:
+            return {}
+        start = fragment.lp_fragment_address.start
+        held = {"weight": fragment.get_hp_fragment()}
+        held |= {key: fragment.get_hp_fragment(optim_state_key=key) for key in self.moment_names}
+        return {key: Slice(start=start, values=value.detach().reshape(-1)) for key, value in held.items()}
+
+    def _zero3_slices(self, parameter: nn.Parameter) -> dict[str, Slice]:
+        partition: Tensor = getattr(parameter, "ds_tensor")  # noqa: B009 - put there by DeepSpeed
+        whole = int(getattr(parameter, "ds_numel"))  # noqa: B009
+        start = self.world.rank * partition.numel()
+        held = {"weight": partition.detach()}
+        if parameter.requires_grad:
+            state = self._engine.optimizer._get_fp32_opt_state_partition
+            held |= {key: state(parameter, False, key)[0].detach() for key in self.moment_names}
+        length = max(0, min(partition.numel(), whole - start))  # the last slices are padded
+        return {key: Slice(start=start, values=value[:length]) for key, value in held.items() if length}
 
     def _create_moments(self, num_updates: int) -> None:
         """Moments of zero, made before the first update: so they can be read and written at any time."""

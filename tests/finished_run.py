@@ -58,6 +58,7 @@ def write_run(run: Path, dataset: Path, **towers: dict[str, Any]) -> PretrainMod
     save_file(tensors, folder / "state-00000.safetensors")
     description = {
         "format_version": FORMAT_VERSION,
+        "shapes": {},
         "progress": asdict(Progress(step=STEP)),
         "identity": asdict(Identity.of(config, ShardedDataset(dataset, "train").digest)),
         "files": {"state-00000.safetensors": file_sha256(folder / "state-00000.safetensors")},
