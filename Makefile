@@ -1,4 +1,4 @@
-# make demo | test | check: each makes its own environment in .venv first. Another Python: make PYTHON=python3.12 test
+# make demo | test | check | exactness | chaos: each makes its own environment in .venv first. Another Python: make PYTHON=python3.12 test
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check slow exactness chaos clean
 
 demo: $(STAMP)
 	$(BIN)/parallelotope demo
@@ -18,6 +18,12 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+exactness: $(STAMP)
+	$(BIN)/python -m tests.exactness_table
+
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos --kills 30 --write docs/chaos.md
 
 check: $(STAMP)
 	$(BIN)/ruff check .
