@@ -15,7 +15,7 @@ from torch import Tensor
 from data_pipeline.settings import UserError, nearest
 from pretrain.objective_config import GramOptions
 from pretrain.objectives.embeddings import Embeddings
-from pretrain.objectives.terms import Contrast, Objective, PerSample, Rows, Term
+from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Rows, Term
 
 
 class Gram(Objective):
@@ -50,18 +50,20 @@ class Gram(Objective):
         valid = embeddings.mask(anchor_name) & masks.any(dim=1)
         basis, volume = orthonormal_basis(vectors, masks)
         scale = 1 / self.temperature(scalars, anchor)
-        contrast = Contrast(
+        contrast = CrossEntropy(
             name="gram",
             weight=1.0,
-            rows={"anchor": anchor},
-            columns={"basis": basis, "volume": volume},
-            scalars={"scale": scale},
-            positive=-matched_volumes(anchor, basis, volume) * scale,
-            valid=valid,
-            ids=embeddings.sample_ids(),
-            score=volume_logits,
+            pairs=Pairs(
+                rows={"anchor": anchor},
+                columns={"basis": basis, "volume": volume},
+                scalars={"scale": scale},
+                matched=-matched_volumes(anchor, basis, volume) * scale,
+                valid=valid,
+                ids=embeddings.sample_ids(),
+                score=volume_logits,
+                tile=self.gram.tile,
+            ),
             label_smoothing=self.gram.label_smoothing,
-            tile=self.gram.tile,
         )
         if self.gram.orientation == 0:
             return [contrast]
