@@ -123,11 +123,11 @@ class _Side:
         if "log_sum_exp" in self.wanted:
             sum_exp = self.sum_exp[part].unsqueeze(self.dim)
             share = torch.where(sum_exp > 0, by_log_sum / sum_exp, torch.zeros_like(sum_exp))
-            total.add_((scores - _finite(self.maximum[part]).unsqueeze(self.dim)).exp_().mul_(share))
+            total.addcmul_((scores - _finite(self.maximum[part]).unsqueeze(self.dim)).exp_(), share)
         if "sum" in self.wanted:
             total.add_(by_sum)
         if "softplus_sum" in self.wanted:
-            total.add_(scores.sigmoid().mul_(by_softplus_sum))
+            total.addcmul_(scores.sigmoid(), by_softplus_sum)
 
 
 def _finite(maximum: Tensor) -> Tensor:
@@ -172,7 +172,6 @@ class _TiledStatistics(torch.autograd.Function):
         tensors: tuple[Tensor, ...] = ctx.saved_tensors
         sums = [torch.zeros_like(tensor) if need else None for tensor, need in zip(tensors, needed, strict=True)]
         rows, columns, scalars = grid.unpack(tensors)
-        num_rows, num_columns = len(rows), len(columns)
         for tile in grid.tiles():
             cut_rows, cut_columns = grid.cut(tile, rows, columns)
             parts = [*cut_rows.values(), *cut_columns.values(), *scalars.values()]
@@ -184,10 +183,9 @@ class _TiledStatistics(torch.autograd.Function):
                 score_grad[tile.matched].diagonal().copy_(grads[0][tile.rows][tile.matched[0]])
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad(scores, wanted, score_grad, materialize_grads=True))
-            for index, total in enumerate(sums):
+            places = [tile.rows] * len(rows) + [tile.columns] * len(columns) + [...] * len(scalars)
+            for total, place in zip(sums, places, strict=True):
                 if total is not None:
-                    in_columns = num_rows <= index < num_rows + num_columns
-                    place = tile.rows if index < num_rows else tile.columns if in_columns else slice(None)
                     total[place] += next(found)
         return None, None, None, *sums
 
