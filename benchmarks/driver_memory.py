@@ -145,10 +145,11 @@ def report(results: list[dict[str, Any]], threads: int) -> str:
     lines = [
         f"# Memory of the pairwise driver, {datetime.date.today()}",
         "",
-        f"`python benchmarks/driver_memory.py`: one step (loss and gradients) of given embeddings, k = {len(MODALITIES)},",
-        f"D = {DIM}, {threads} thread(s), {platform.machine()} with {os.cpu_count()} CPUs. Growth: peak resident memory above the",
-        "process with its embeddings. Peak: the whole process, libraries included. CPU seconds, not wall clock. Plain: one",
-        "[B, B] matrix of logits, two cross entropies, autograd; it is left out where it would not fit the machine.",
+        "`python benchmarks/driver_memory.py`: one step (loss and gradients) of given embeddings,",
+        f"k = {len(MODALITIES)}, D = {DIM}, {threads} thread(s) of {os.cpu_count()} CPUs ({platform.machine()}).",
+        "Growth: peak resident memory above the process with its embeddings. Peak: the whole process, libraries included.",
+        "CPU seconds, not wall clock. Plain: one [B, B] matrix of logits, two cross entropies, autograd; not run above",
+        "the size where it stops.",
     ]
     tables = dict.fromkeys((cell["objective"], cell["dtype"]) for cell in results)
     for objective, dtype in tables:
