@@ -1,23 +1,21 @@
-"""Rows against columns, exactly: the one place where samples of a global batch meet each other.
+"""The loss of a global batch from the terms of an objective, in one process or with the samples spread over ranks.
 
-Each rank scores its own rows against the columns of all ranks, in tiles, so that every pair is scored once and no
-[global, global] matrix exists. One pass serves both softmax directions: row statistics stay local, column statistics
-(maximum, sum, count, sum of logits) are all-reduced. The backward pass scores the tiles again; gradients of the columns
-return to their owners by a reduce-scatter. Sums are divided by the all-reduced count of valid samples, so ragged masks
-on the ranks weigh every sample alike.
+`pair_statistics` lets samples meet; what is left are formulas on vectors with one entry a sample. Sums are divided by
+all-reduced counts, so ragged masks on the ranks weigh every sample alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from pretrain.collectives import ALONE, World
-from pretrain.objectives.terms import Contrast, Rows, Term
+from pretrain.objectives.terms import CrossEntropy, LogMeanExp, PairSum, SigmoidCrossEntropy, Term
+from pretrain.pair_statistics import SOFTPLUS_LINEAR_FROM, PairStatistics, SideStatistics, Statistic, pair_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +35,7 @@ def evaluate_terms(terms: Sequence[Term], world: World = ALONE) -> TermsValue:
     The gradient of `local_loss`, summed over ranks, is the gradient of the loss over the global batch, for whatever
     the terms' tensors were computed from. All ranks must pass the same kinds of terms in the same order.
     """
-    shares: list[Tensor] = []
-    counts: list[Tensor] = []
-    for term in terms:
-        values, valid = _contrast_losses(term, world) if isinstance(term, Contrast) else (term.values, term.valid)
-        kept = torch.where(valid, values, torch.zeros_like(values))
-        counts.append(world.sum(valid.sum().to(values.dtype)))
-        shares.append(kept.sum() / counts[-1].clamp_min(1))
+    shares, counts = zip(*(_evaluate(term, world) for term in terms), strict=True)
     totals = world.sum(torch.stack(shares))
     weights = totals.new_tensor([term.weight for term in terms])
     local_loss = torch.stack(
@@ -54,168 +46,101 @@ def evaluate_terms(terms: Sequence[Term], world: World = ALONE) -> TermsValue:
     return TermsValue(local_loss=local_loss, metrics={"loss": (weights * totals).sum(), **metrics})
 
 
-def _contrast_losses(term: Contrast, world: World) -> tuple[Tensor, Tensor]:
-    """Mean of the row and column cross entropies of each local sample [n], and which samples count [n]."""
-    names = (tuple(term.rows), tuple(term.columns), tuple(term.scalars))
-    columns = [world.gather_rows(tensor) for tensor in term.columns.values()]
-    problem = _Problem(
-        term=term,
-        world=world,
-        names=names,
-        column_valid=world.gather_rows(term.valid),
-        column_ids=world.gather_rows(term.ids),
+def _evaluate(term: Term, world: World) -> tuple[Tensor, Tensor]:
+    """This rank's share of a term's value, and how many samples of the global batch take part."""
+    if isinstance(term, CrossEntropy):
+        return _cross_entropy(term, world)
+    if isinstance(term, SigmoidCrossEntropy):
+        return _sigmoid_cross_entropy(term, world)
+    if isinstance(term, LogMeanExp):
+        return _log_mean_exp(term, world)
+    if isinstance(term, PairSum):
+        return _pair_sum(term, world)
+    count = world.sum(term.valid.sum().to(term.values.dtype))
+    return _masked_sum(term.values, term.valid) / count.clamp_min(1), count
+
+
+def _masked_sum(values: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid, values, torch.zeros_like(values)).sum()
+
+
+def _cross_entropy(term: CrossEntropy, world: World) -> tuple[Tensor, Tensor]:
+    wanted: frozenset[Statistic] = frozenset(["log_sum_exp", "sum"] if term.label_smoothing else ["log_sum_exp"])
+    nothing: frozenset[Statistic] = frozenset()
+    statistics = pair_statistics(
+        term.pairs,
+        world,
+        rows=wanted if term.row_weight else nothing,
+        columns=wanted if term.column_weight else nothing,
     )
-    tensors = [*term.rows.values(), *columns, *term.scalars.values()]
-    row_losses, column_losses = _TiledCrossEntropy.apply(problem, term.positive, *tensors)
-    return (row_losses + column_losses) / 2, term.valid
+    values = torch.zeros_like(statistics.matched)
+    for weight, side in ((term.row_weight, statistics.row), (term.column_weight, statistics.column)):
+        if weight:
+            values = values + weight * _cross_entropies(statistics, side, term.label_smoothing)
+    count = statistics.num_valid
+    return _masked_sum(values, term.pairs.valid) / count.clamp_min(1), count
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Problem:
-    """A contrast between local rows and global columns."""
-
-    term: Contrast
-    world: World
-    names: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
-    column_valid: Tensor
-    column_ids: Tensor
-
-    def unpack(self, tensors: Sequence[Tensor]) -> tuple[Rows, Rows, Rows]:
-        parts, start = [], 0
-        for names in self.names:
-            parts.append(dict(zip(names, tensors[start : start + len(names)], strict=True)))
-            start += len(names)
-        return parts[0], parts[1], parts[2]
-
-    def tiles(self) -> list[tuple[slice, slice]]:
-        num_rows, num_columns, tile = len(self.term.valid), len(self.column_valid), self.term.tile
-        return [
-            (slice(i, min(i + tile, num_rows)), slice(j, min(j + tile, num_columns)))
-            for i in range(0, num_rows, tile)
-            for j in range(0, num_columns, tile)
-        ]
-
-    @property
-    def own(self) -> slice:
-        """The columns whose rows are local."""
-        num_rows = len(self.term.valid)
-        return slice(self.world.rank * num_rows, (self.world.rank + 1) * num_rows)
-
-    def negatives(self, rows: slice, columns: slice) -> Tensor:
-        """[r, c]: both valid, not the same position, not the same id."""
-        row_ids, column_ids = self.term.ids[rows, None], self.column_ids[None, columns]
-        device = row_ids.device
-        row_places = torch.arange(rows.start, rows.stop, device=device)[:, None] + self.own.start
-        same_place = row_places == torch.arange(columns.start, columns.stop, device=device)[None]
-        duplicate = (row_ids == column_ids) & (row_ids != -1)
-        return self.term.valid[rows, None] & self.column_valid[None, columns] & ~same_place & ~duplicate
+def _cross_entropies(statistics: PairStatistics, side: SideStatistics, smoothing: float) -> Tensor:
+    """[n]: log(1 + sum_j exp(s_j - s_i)) + smoothing * (s_i - mean s), which no size of the scores can spoil."""
+    matched, count = statistics.matched, statistics.num_others
+    values = softplus(side.shift - matched + side.log_sum, threshold=SOFTPLUS_LINEAR_FROM)
+    return values + smoothing * (count * matched - side.sum) / (count + 1) if smoothing else values
 
 
-def _cut(tensors: Rows, part: slice) -> Rows:
-    return {name: tensor[part] for name, tensor in tensors.items()}
+def _sigmoid_cross_entropy(term: SigmoidCrossEntropy, world: World) -> tuple[Tensor, Tensor]:
+    statistics = pair_statistics(term.pairs, world, rows=frozenset(["softplus_sum"]))
+    values = softplus(-statistics.matched, threshold=SOFTPLUS_LINEAR_FROM) + statistics.row.softplus_sum
+    count = statistics.num_valid
+    return _masked_sum(values, term.pairs.valid) / count.clamp_min(1), count
 
 
-class _Side:
-    """Online log-sum-exp, sum and count of the negatives of each row, or of each column."""
-
-    def __init__(self, size: int, like: Tensor) -> None:
-        self.maximum = like.new_full((size,), -torch.inf)
-        self.sum_exp, self.sum_logits, self.count = (like.new_zeros(size) for _ in range(3))
-
-    def add(self, part: slice, logits: Tensor, negatives: Tensor, dim: int) -> None:
-        """Take in a tile; entries that are no negatives hold -inf. dim: the one that is reduced."""
-        maximum = torch.maximum(self.maximum[part], logits.amax(dim))
-        shift = torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum)
-        self.sum_exp[part] = self.sum_exp[part] * (self.maximum[part] - shift).exp() + (
-            logits - shift.unsqueeze(dim)
-        ).exp().sum(dim)
-        self.maximum[part] = maximum
-        self.sum_logits[part] += torch.where(negatives, logits, torch.zeros_like(logits)).sum(dim)
-        self.count[part] += negatives.sum(dim)
-
-    def reduce(self, world: World) -> None:
-        """Combine what all ranks saw."""
-        if world.size == 1:
-            return
-        maximum = world.max(self.maximum)
-        shift = torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum)
-        sums = world.sum(torch.stack([self.sum_exp * (self.maximum - shift).exp(), self.sum_logits, self.count]))
-        self.maximum, (self.sum_exp, self.sum_logits, self.count) = maximum, sums
-
-    def log_sum_exp(self, positive: Tensor) -> Tensor:
-        """Of the negatives and the positive."""
-        return torch.logaddexp(self.sum_exp.log() + torch.nan_to_num(self.maximum, neginf=0.0), positive)
-
-    def losses(self, lse: Tensor, positive: Tensor, smoothing: float) -> Tensor:
-        """lse - (1 - smoothing) positive - smoothing * mean of all logits"""
-        mean = (self.sum_logits + positive) / (self.count + 1)
-        return lse - (1 - smoothing) * positive - smoothing * mean
+def _pair_sum(term: PairSum, world: World) -> tuple[Tensor, Tensor]:
+    statistics = pair_statistics(term.pairs, world, rows=frozenset(["sum"]))
+    values, count = statistics.row.sum, statistics.num_valid
+    if term.matched:
+        values = values + statistics.matched
+    divisor = count
+    if term.normalizer == "pairs":
+        divisor = world.sum(_num_pairs(statistics, term.pairs.valid, term.matched).sum())
+    return _masked_sum(values, term.pairs.valid) / divisor.clamp_min(1), count
 
 
-class _TiledCrossEntropy(torch.autograd.Function):
-    """(positive [n], rows [n, ...]..., columns [N, ...]..., scalars) -> row losses [n], column losses [n]."""
-
-    @staticmethod
-    def forward(ctx: Any, problem: _Problem, positive: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        rows, columns, scalars = problem.unpack(tensors)
-        by_row = _Side(len(positive), positive)
-        by_column = _Side(len(problem.column_valid), positive)
-        for row_part, column_part in problem.tiles():
-            negatives = problem.negatives(row_part, column_part)
-            logits = problem.term.score(_cut(rows, row_part), _cut(columns, column_part), scalars)
-            logits = logits.masked_fill(~negatives, -torch.inf)
-            by_row.add(row_part, logits, negatives, dim=1)
-            by_column.add(column_part, logits, negatives, dim=0)
-        by_column.reduce(problem.world)
-        all_positive = problem.world.gather_rows(positive.detach())
-        row_lse, column_lse = by_row.log_sum_exp(positive), by_column.log_sum_exp(all_positive)
-        ctx.problem, ctx.counts = problem, (by_row.count, by_column.count)
-        ctx.save_for_backward(positive, row_lse, column_lse, *tensors)
-        smoothing = problem.term.label_smoothing
-        column_losses = by_column.losses(column_lse, all_positive, smoothing)[problem.own]
-        return by_row.losses(row_lse, positive, smoothing), column_losses
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        problem: _Problem = ctx.problem
-        positive, row_lse, column_lse, *tensors = ctx.saved_tensors
-        row_count, column_count = ctx.counts
-        smoothing = problem.term.label_smoothing
-        row_grad, own_column_grad = grads
-        column_grad = problem.world.gather_rows(own_column_grad)
-        sums = [torch.zeros_like(tensor) for tensor in tensors]
-        row_sums, column_sums, scalar_sums = problem.unpack(sums)
-        rows, columns, scalars = problem.unpack(tensors)
-        for row_part, column_part in problem.tiles():
-            with torch.enable_grad():
-                leaves = [
-                    {name: tensor.detach().requires_grad_() for name, tensor in group.items()}
-                    for group in (_cut(rows, row_part), _cut(columns, column_part), scalars)
-                ]
-                logits = problem.term.score(*leaves)
-            negatives = problem.negatives(row_part, column_part)
-            logits_grad = _cross_entropy_grad(logits, row_lse[row_part, None], row_count[row_part, None], smoothing)
-            logits_grad = logits_grad * row_grad[row_part, None]
-            by_column = _cross_entropy_grad(
-                logits, column_lse[None, column_part], column_count[None, column_part], smoothing
-            )
-            logits_grad = (logits_grad + by_column * column_grad[None, column_part]).masked_fill(~negatives, 0.0)
-            flat = [leaf for group in leaves for leaf in group.values()]
-            found = iter(torch.autograd.grad(logits, flat, logits_grad))
-            for name in leaves[0]:
-                row_sums[name][row_part] += next(found)
-            for name in leaves[1]:
-                column_sums[name][column_part] += next(found)
-            for name in leaves[2]:
-                scalar_sums[name] += next(found)
-        own = problem.own
-        positive_grad = row_grad * (_cross_entropy_grad(positive, row_lse, row_count, smoothing) - (1 - smoothing))
-        positive_grad = positive_grad + own_column_grad * (
-            _cross_entropy_grad(positive, column_lse[own], column_count[own], smoothing) - (1 - smoothing)
-        )
-        return None, positive_grad, *sums
+def _num_pairs(statistics: PairStatistics, valid: Tensor, matched: bool) -> Tensor:
+    """[n]: how many pairs of its row count."""
+    return statistics.num_others + valid.to(statistics.num_others.dtype) * matched
 
 
-def _cross_entropy_grad(logits: Tensor, lse: Tensor, num_negatives: Tensor, smoothing: float) -> Tensor:
-    """Derivative of a cross entropy with respect to a logit that is not the target's."""
-    return (logits.detach() - lse).exp() - smoothing / (num_negatives + 1)
+def _log_mean_exp(term: LogMeanExp, world: World) -> tuple[Tensor, Tensor]:
+    logs, took_part = [], []
+    for pairs in term.pairs:
+        statistics = pair_statistics(pairs, world, rows=frozenset(["log_sum_exp"]))
+        log_sum = statistics.row.shift + statistics.row.log_sum
+        num_pairs = _num_pairs(statistics, pairs.valid, term.matched)
+        if term.normalizer == "samples":
+            norm = statistics.num_valid
+        else:
+            norm = num_pairs if term.over == "rows" else world.sum(num_pairs.sum())
+        if term.matched:
+            log_sum = torch.logaddexp(log_sum, statistics.matched)
+        logs.append(torch.where(num_pairs > 0, log_sum - norm.clamp_min(1).log(), torch.full_like(log_sum, -torch.inf)))
+        took_part.append(num_pairs > 0)
+    stacked, counted = torch.stack(logs, dim=1), torch.stack(took_part, dim=1)
+    count = world.sum(counted.any(dim=1).sum().to(stacked.dtype))
+    if term.over == "pairs":
+        return _share_of_log_sum_exp(stacked, counted, world), count
+    some = counted.any(dim=1)
+    rows = torch.where(some[:, None], stacked, torch.zeros_like(stacked)).logsumexp(dim=1)
+    return _masked_sum(rows, some) / count.clamp_min(1), count
+
+
+def _share_of_log_sum_exp(logs: Tensor, counted: Tensor, world: World) -> Tensor:
+    """This rank's share of log sum exp(logs) over all ranks: in value, and in gradient, its part of the sum of exp."""
+    exponents = torch.where(counted, logs, torch.full_like(logs, -torch.inf)).detach()
+    maximum = world.max(exponents.max())
+    shift = torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum)
+    weights = (exponents - shift).exp()
+    total = world.sum(weights.sum())
+    finite = torch.where(counted, logs, torch.zeros_like(logs))
+    parts = weights * ((shift + total.log()).nan_to_num(neginf=0.0) + finite - finite.detach())
+    return parts.sum() / torch.where(total > 0, total, torch.ones_like(total))

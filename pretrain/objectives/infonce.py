@@ -14,7 +14,7 @@ from torch import Tensor
 from data_pipeline.settings import UserError, nearest
 from pretrain.objective_config import InfonceOptions
 from pretrain.objectives.embeddings import Embeddings
-from pretrain.objectives.terms import Contrast, Objective, Rows, Term
+from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, Rows, Term
 
 
 class Infonce(Objective):
@@ -38,21 +38,25 @@ class Infonce(Objective):
         weight = 1.0 if self.infonce.reduce == "sum" else 1 / len(pairs)
         return [self._contrast(a, b, weight, embeddings, scalars) for a, b in pairs]
 
-    def _contrast(self, a: str, b: str, weight: float, embeddings: Embeddings, scalars: dict[str, Tensor]) -> Contrast:
+    def _contrast(
+        self, a: str, b: str, weight: float, embeddings: Embeddings, scalars: dict[str, Tensor]
+    ) -> CrossEntropy:
         (left, left_valid), (right, right_valid) = side(embeddings, a), side(embeddings, b)
         scale = 1 / self.temperature(scalars, left)
-        return Contrast(
+        return CrossEntropy(
             name=f"infonce/{a}-{b}",
             weight=weight,
-            rows={"left": left},
-            columns={"right": right},
-            scalars={"scale": scale},
-            positive=(left * right).sum(dim=1) * scale,
-            valid=left_valid & right_valid,
-            ids=embeddings.sample_ids(),
-            score=cosine_logits,
+            pairs=Pairs(
+                rows={"left": left},
+                columns={"right": right},
+                scalars={"scale": scale},
+                matched=(left * right).sum(dim=1) * scale,
+                valid=left_valid & right_valid,
+                ids=embeddings.sample_ids(),
+                score=cosine_logits,
+                tile=self.infonce.tile,
+            ),
             label_smoothing=self.infonce.label_smoothing,
-            tile=self.infonce.tile,
         )
 
     def _pairs(self, modalities: tuple[str, ...]) -> list[tuple[str, str]]:

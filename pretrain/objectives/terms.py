@@ -1,7 +1,7 @@
 """What an objective is made of: learned scalars and terms of a loss. No rank, no group, no cache.
 
-An objective prepares each sample on its own, says how a tile of rows scores against a tile of columns, and how scores
-are reduced. `pretrain.pairwise` evaluates the terms, in one process or over ranks.
+An objective prepares each sample on its own, says how a tile of rows scores against a tile of columns (`Pairs`), and
+how the scores are reduced (the kind of the term). `pretrain.pairwise` evaluates terms, in one process or over ranks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,26 +24,81 @@ Score = Callable[[Rows, Rows, dict[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrast:
-    """Cross entropy of the matched column among all columns, and of the matched row among all rows; their mean.
+class Pairs:
+    """Every sample as a row against every sample of the global batch as a column.
 
-    rows, columns: per-sample tensors of the local samples. score(rows [r], columns [c], scalars) -> logits [r, c].
-    positive: logits [n] of the matched pairs, computed apart so that they may be more precise. valid [n]: samples that
-    take part. ids [n]: equal ids are not negatives; -1 differs from everything.
-    Label smoothing ls: lse_j L_ij - (1 - ls) L_ii - ls mean_j L_ij, over the valid j that are not duplicates of i.
+    rows, columns: per-sample tensors of the local samples; they may differ. score(rows [r], columns [c], scalars) ->
+    [r, c], with finite gradients where a row or a column is all zeros. valid [n]: samples that take part, as rows and
+    as columns; nothing behind a false one has an effect. ids [n]: two samples with the same id are the same item, their
+    pair is never counted; -1 differs from everything. So a duplicate adds its own pairs and changes no other's.
+    matched: scores [n] of the pairs (i, i) where they can be had more precisely than in a tile; None: the tile's.
+    tile: rows and columns scored at once; memory, never the result, depends on it.
+    """
+
+    rows: Rows
+    columns: Rows
+    scalars: dict[str, Tensor]
+    score: Score
+    valid: Tensor
+    ids: Tensor
+    tile: int
+    matched: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy:
+    """Softmax cross entropy of the matched pair among all pairs of its row, and among all pairs of its column.
+
+    mean_i[ row_weight * CE_i(s_i.) + column_weight * CE_i(s_.i) ]; a weight of 0 leaves a direction out. Label
+    smoothing ls: CE_i = lse_j s_ij - (1 - ls) s_ii - ls mean_j s_ij, over i itself and the j counted with it.
     """
 
     name: str
     weight: float
-    rows: Rows
-    columns: Rows
-    scalars: dict[str, Tensor]
-    positive: Tensor
-    valid: Tensor
-    ids: Tensor
-    score: Score
-    label_smoothing: float
-    tile: int
+    pairs: Pairs
+    label_smoothing: float = 0.0
+    row_weight: float = 0.5
+    column_weight: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmoidCrossEntropy:
+    """SigLIP: -(1 / N) sum_ij log sigmoid(y_ij s_ij), y = 1 for matched pairs, -1 for others (arXiv 2303.15343).
+
+    The learned scale and bias are scalars of the score.
+    """
+
+    name: str
+    weight: float
+    pairs: Pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogMeanExp:
+    """Logarithm of a mean of exp(score), for one or several scores.
+
+    over "pairs": log sum_g (1 / Z_g) sum_ij exp(s^g_ij). over "rows": mean_i log sum_g (1 / Z_gi) sum_j exp(s^g_ij),
+    over the rows that have a pair. Z is how many pairs there are (in g; in row i of g), or, with normalizer "samples",
+    how many valid samples g has. matched: whether the pairs (i, i) count. Without any pair the term is 0.
+    """
+
+    name: str
+    weight: float
+    pairs: tuple[Pairs, ...]
+    over: Literal["pairs", "rows"] = "pairs"
+    normalizer: Literal["pairs", "samples"] = "pairs"
+    matched: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSum:
+    """(1 / Z) sum_ij s_ij; Z is the number of valid samples, or of pairs. matched: whether the pairs (i, i) count."""
+
+    name: str
+    weight: float
+    pairs: Pairs
+    normalizer: Literal["samples", "pairs"] = "samples"
+    matched: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +111,7 @@ class PerSample:
     valid: Tensor
 
 
-Term = Contrast | PerSample
+Term = CrossEntropy | SigmoidCrossEntropy | LogMeanExp | PairSum | PerSample
 
 
 class LearnedScalars(nn.Module):
