@@ -20,6 +20,8 @@ from data_pipeline.settings import load_settings
 from pretrain.checkpoint import checkpoint_name, finished_checkpoints, load_tensors, read_progress
 from pretrain.collectives import World
 from pretrain.config import RunConfig
+from pretrain.report.history import read_run
+from pretrain.report.overview import warnings_of
 from pretrain.run_log import METRICS, StageClock, read_lines
 from pretrain.trainer import Trainer
 from tests.ranks import run_ranks
@@ -71,6 +73,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_recorded(
     assert [[record["step"] for record in lines] for lines in skipped] == [[BAD_STEP], [BAD_STEP]]
     drawn = [read_lines(run / "samples" / f"rank-0000{rank}.jsonl")[BAD_STEP - 1] for rank in (0, 1)]
     assert [lines[0]["keys"] for lines in skipped] == [record["keys"] for record in drawn]
+    assert any("1 of 5 steps were skipped" in line for line in warnings_of(read_run(run)))
     progress = read_progress(finished_checkpoints(run)[-1])
     assert (progress.step, progress.num_updates, progress.num_skipped) == (5, 4, 0)
 

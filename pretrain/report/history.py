@@ -18,7 +18,7 @@ from pretrain.run_facts import RunFacts
 from pretrain.run_log import METRICS, STAGES, VALIDATION, read_lines
 
 NO_TERMS = (  # metrics that are no term of the loss
-    "position", "data_problems", "samples_per_s", "lr", "grad_norm", "loss", "time_s/", "temperature/",
+    "position", "data_problems", "skipped", "samples_per_s", "lr", "grad_norm", "loss", "time_s/", "temperature/",
     "num_samples/", "positive_cosine/",
 )  # fmt: skip
 MAX_POINTS = 600  # of a curve
@@ -48,7 +48,7 @@ class EvaluatedSet:
 class RunHistory:
     """A run, as its folder tells it.
 
-    state: training, finished or stopped. stride: steps that each point of `curves` is the mean of. stage_s: seconds in
+    state: training, finished or stopped. num_skipped: steps whose loss or gradient was not finite. stride: steps that each point of `curves` is the mean of. stage_s: seconds in
     each stage over all steps; bar_s: mean seconds a step in each stage, for the steps up to each of `bar_steps`.
     """
 
@@ -61,6 +61,7 @@ class RunHistory:
     stride: int
     curves: dict[str, Curve]
     last: dict[str, float]
+    num_skipped: int
     stage_s: dict[str, float]
     bar_steps: list[int]
     bar_s: dict[str, list[float]]
@@ -127,6 +128,7 @@ def read_run(folder: Path, state: str | None = None) -> RunHistory:
         stride=stride,
         curves=_curves(ordered),
         last={name: value for name, value in last.items() if name != "step"},
+        num_skipped=round(sum(bucket.sums.get("skipped", 0.0) for bucket in ordered)),
         stage_s=_stage_totals(ordered),
         bar_steps=bar_steps,
         bar_s=bar_s,

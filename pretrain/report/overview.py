@@ -142,6 +142,11 @@ def warnings_of(run: RunHistory) -> list[str]:
         for warning in evaluated.result.get("warnings", []):
             found.setdefault(NUMBER.sub("#", warning), []).append((evaluated.name, warning))
     lines = []
+    if run.num_skipped:
+        lines.append(
+            f"training: {run.num_skipped:,} of {run.step:,} steps were skipped, their loss or gradient was not finite; "
+            "their samples are in skipped_steps/"
+        )
     for (first, warning), *others in found.values():
         alike = f" (alike on {', '.join(name for name, _ in others)})" if others else ""
         lines.append(f"{first}{alike}: {warning}")
