@@ -48,8 +48,9 @@ class EvaluatedSet:
 class RunHistory:
     """A run, as its folder tells it.
 
-    state: training, finished or stopped. num_skipped: steps whose loss or gradient was not finite. stride: steps that each point of `curves` is the mean of. stage_s: seconds in
-    each stage over all steps; bar_s: mean seconds a step in each stage, for the steps up to each of `bar_steps`.
+    state: training, finished or stopped. num_skipped: steps whose loss or gradient was not finite. stride: steps that
+    each point of `curves` is the mean of. stage_s: seconds in each stage over all steps; bar_s: mean seconds a step in
+    each stage, for the steps up to each of `bar_steps`.
     """
 
     folder: Path
