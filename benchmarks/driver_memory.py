@@ -147,7 +147,7 @@ def report(results: list[dict[str, Any]], threads: int) -> str:
         "",
         "`python benchmarks/driver_memory.py`: one step (loss and gradients) of given embeddings,",
         f"k = {len(MODALITIES)}, D = {DIM}, {threads} thread(s) of {os.cpu_count()} CPUs ({platform.machine()}).",
-        "Growth: peak resident memory above the process with its embeddings. Peak: the whole process, libraries included.",
+        "Growth: peak resident memory above the process with its embeddings. Peak: the whole process.",
         "CPU seconds, not wall clock. Plain: one [B, B] matrix of logits, two cross entropies, autograd; not run above",
         "the size where it stops.",
     ]
