@@ -141,6 +141,6 @@ def _share_of_log_sum_exp(logs: Tensor, counted: Tensor, world: World) -> Tensor
     shift = torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum)
     weights = (exponents - shift).exp()
     total = world.sum(weights.sum())
+    total = torch.where(total > 0, total, torch.ones_like(total))
     finite = torch.where(counted, logs, torch.zeros_like(logs))
-    parts = weights * ((shift + total.log()).nan_to_num(neginf=0.0) + finite - finite.detach())
-    return parts.sum() / torch.where(total > 0, total, torch.ones_like(total))
+    return (weights / total * (shift + total.log() + finite - finite.detach())).sum()

@@ -291,6 +291,29 @@ def test_scores_far_apart_give_finite_losses() -> None:
             assert math.isclose(result.metrics["loss"].item(), expected.item(), rel_tol=1e-5), kind
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_score_that_is_no_number_is_not_hidden(kind: str) -> None:
+    values = {name: value.detach().clone() for name, value in inputs(6, seed=10).items()}
+    values["left"][3, 1] = torch.nan
+    assert evaluate_terms([MAKERS[kind](values, everyone(6), torch.arange(6), 4)]).metrics["loss"].isnan()
+
+
+def test_every_pair_is_scored_once_in_tiles_of_the_size_asked_for() -> None:
+    values, shapes = inputs(20, seed=11), []
+
+    def recorded(rows: Inputs, columns: Inputs, scalars: Inputs) -> Tensor:
+        shapes.append((len(rows["left"]), len(columns["right"])))
+        return score(rows, columns, scalars)
+
+    pairs = replace(pairs_of(values, everyone(20)[0], torch.arange(20), tile=8), score=recorded)
+    result = evaluate_terms([CrossEntropy(name="t", weight=1.0, pairs=pairs, label_smoothing=0.1)])
+    for _ in range(2):  # forward, and again backward
+        assert sum(r * c for r, c in shapes) == 20 * 20
+        assert max(max(shape) for shape in shapes) == 8
+        shapes.clear()
+        torch.autograd.grad(result.local_loss, values["left"], retain_graph=True)
+
+
 def test_tensors_without_gradient_may_be_of_any_type() -> None:
     """A stop-gradient side, and a flag a column: neither is differentiated."""
     values = inputs(7, seed=6)
