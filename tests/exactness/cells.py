@@ -81,9 +81,7 @@ CELLS: list[Cell] = [
         )
     ),
     *(
-        Cell(
-            group=DROPOUT, ranks=ranks, stage=stage, chunks=micro_chunks(ranks), objective=objective, dropout=True
-        )
+        Cell(group=DROPOUT, ranks=ranks, stage=stage, chunks=micro_chunks(ranks), objective=objective, dropout=True)
         for ranks, stage, objective in product(RANKS, STAGES, ("gram", "infonce"))
     ),
     *(Cell(group=OFFLOAD, ranks=ranks, stage=stage, offload=True) for ranks, stage in product(RANKS, (1, 2, 3))),
@@ -100,5 +98,8 @@ CELLS: list[Cell] = [
     *(Cell(group=BF16, ranks=ranks, optimizer="adamw", precision="bf16", reference="fp32") for ranks in RANKS),
     *(Cell(group=FAULTS, ranks=ranks, fault="gather without gradient") for ranks in (2, 4)),
     *(Cell(group=FAULTS, ranks=ranks, fault="factor of world size") for ranks in (2, 4)),
-    *(Cell(group=FAULTS, ranks=ranks, chunks=micro_chunks(ranks), dropout=True, fault="other draws") for ranks in RANKS),
+    *(
+        Cell(group=FAULTS, ranks=ranks, chunks=micro_chunks(ranks), dropout=True, fault="other draws")
+        for ranks in RANKS
+    ),
 ]

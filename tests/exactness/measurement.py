@@ -147,4 +147,6 @@ def worst_over_ranks(by_rank: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     worst = max(by_rank, key=lambda rank: size(rank["worst_tensor"]))
     numbers = [key for key in worst if key != "worst_name"]
-    return {key: max((rank[key] for rank in by_rank), key=size) for key in numbers} | {"worst_name": worst["worst_name"]}
+    return {key: max((rank[key] for rank in by_rank), key=size) for key in numbers} | {
+        "worst_name": worst["worst_name"]
+    }

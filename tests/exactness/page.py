@@ -88,7 +88,11 @@ def _machine(rows: Sequence[Row], seconds: float) -> str:
 def _table(rows: Sequence[Row]) -> str:
     varying = [name for name in SETTINGS if len({_setting(row, name) for row in rows}) > 1]
     heads = [*varying, *COLUMNS.values(), "reductions", ""]
-    lines = [heads, ["---"] * len(heads), *([*(_setting(row, name) for name in varying), *_figures(row)] for row in rows)]
+    lines = [
+        heads,
+        ["---"] * len(heads),
+        *([*(_setting(row, name) for name in varying), *_figures(row)] for row in rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -113,7 +117,8 @@ def _setting(row: Row, name: str) -> str:
 
 def _figures(row: Row) -> list[str]:
     figures = [
-        f"**{row.measures[column]:.1e}**" if column in row.missed else f"{row.measures[column]:.1e}" for column in COLUMNS
+        f"**{row.measures[column]:.1e}**" if column in row.missed else f"{row.measures[column]:.1e}"
+        for column in COLUMNS
     ]
     reductions = f"{row.measures['reductions']:.2f}"
     if row.cell.fault:

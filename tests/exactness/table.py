@@ -46,5 +46,7 @@ def measure_table(cells: Sequence[Cell], folder: Path, show: bool = False) -> li
         found = run_ranks(
             "tests.exactness.measurement:measure_cells", ranks, folder / f"ranks-{ranks}", argument, TIMEOUT_S, show
         )
-        measures |= {cell: worst_over_ranks(by_rank) for cell, by_rank in zip(own, zip(*found, strict=True), strict=True)}
+        measures |= {
+            cell: worst_over_ranks(by_rank) for cell, by_rank in zip(own, zip(*found, strict=True), strict=True)
+        }
     return [Row(cell=cell, measures=measures[cell]) for cell in cells]
