@@ -31,7 +31,7 @@ def tone(generator: np.random.Generator) -> bytes:
 
 
 def write_dataset(folder: Path, sizes: dict[str, int], samples_per_shard: int = 5, complete: bool = False) -> Path:
-    """`sizes[split]` samples a split; unless complete, every 7th lacks sound, every 9th a caption, every 11th a picture."""
+    """`sizes[split]` samples; unless complete, every 7th lacks sound, every 9th a caption, every 11th a picture."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     words = ["red", "blue", "slow", "loud", "square", "tone", "left", "quiet", "ground", "moving"]

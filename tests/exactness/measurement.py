@@ -21,7 +21,7 @@ from pretrain.model import PretrainModel
 from pretrain.towers.build import parameter_groups
 from tests.exactness.cells import Cell
 from tests.exactness.problem import LEARNING_RATE, WEIGHT_DECAY, read_batches, run_config
-from tests.exactness.reference import Reference, read_reference, reference_path
+from tests.exactness.reference import Trained, read_reference, reference_path, train_plainly
 
 REDUCTIONS = ("allreduce", "reduce_scatter", "reduce_")  # of torch.ops.c10d
 
@@ -65,10 +65,10 @@ class ForgetfulWorld(World):
 
 
 def measure_cells(world: World, argument: tuple[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Measures of each cell (given as dicts), in their order; the references lie in the folder. Prints a line a cell."""
+    """Measures of each cell (given as dicts), in order; the references lie in the folder. Prints a line a cell."""
     folder = Path(argument[0])
     batches: dict[str, list[Batch]] = {}
-    references: dict[Path, Reference] = {}
+    references: dict[Path, Trained] = {}
     found = []
     for number, fields in enumerate(argument[1], 1):
         started, cell, path = time.monotonic(), Cell(**fields), reference_path(folder, Cell(**fields))
@@ -76,7 +76,8 @@ def measure_cells(world: World, argument: tuple[str, list[dict[str, Any]]]) -> l
             batches[cell.masks] = read_batches(run_config(cell, folder), cell.masks, world)
         if path not in references:
             references[path] = read_reference(path)
-        found.append(measure(cell, world, folder, batches[cell.masks], references[path]))
+        trained = train_plainly(cell, folder) if cell.plain else train(cell, world, folder, batches[cell.masks])
+        found.append(compare(trained, references[path]))
         if world.rank == 0:
             print(
                 f"{cell.ranks} ranks, {number} of {len(argument[1])}: ZeRO {cell.stage}, {cell.chunks} chunks, "
@@ -87,10 +88,8 @@ def measure_cells(world: World, argument: tuple[str, list[dict[str, Any]]]) -> l
     return found
 
 
-def measure(
-    cell: Cell, world: World, folder: Path, batches: Sequence[Batch], reference: Reference
-) -> dict[str, float | str]:
-    """Five steps of a cell against its reference."""
+def train(cell: Cell, world: World, folder: Path, batches: Sequence[Batch]) -> Trained:
+    """Five steps of a cell, as the trainer takes them."""
     config = run_config(cell, folder)
     model = PretrainModel(config)
     engine = CountingEngine(model, parameter_groups(model, WEIGHT_DECAY), config, world)
@@ -105,18 +104,23 @@ def measure(
     for step, batch in enumerate(batches, 1):
         losses.append(cache.backward(batch, step)["loss"])
         if step == 1:
-            gradients = {name: engine.full_gradient(parameter).double() for name, parameter in engine.trainable()}
+            gradients = {name: engine.full_gradient(parameter).clone() for name, parameter in engine.trainable()}
         assert engine.step(LEARNING_RATE[cell.optimizer]).applied
-    weights = {name: engine.full_weight(parameter).double() for name, parameter in engine.trainable()}
-    reductions = engine.reduced_elements / num_elements / len(batches)
+    weights = {name: engine.full_weight(parameter).clone() for name, parameter in engine.trainable()}
+    reduced = engine.reduced_elements / num_elements if world.size > 1 else engine.num_reductions
     engine.close()
-    weights_off, weights_size = _distance(weights, reference.weights)
+    return Trained(losses=losses, gradients=gradients, weights=weights, num_reductions=reduced / len(batches))
+
+
+def compare(found: Trained, wanted: Trained) -> dict[str, float | str]:
+    """Relative differences, by column of the table."""
+    weights_off, weights_size = _distance(found.weights, wanted.weights)
     return {
-        "loss": max(abs(a - b) / abs(b) for a, b in zip(losses, reference.losses, strict=True)),
-        **compare_gradients(gradients, reference.gradients),
+        "loss": max(abs(a - b) / abs(b) for a, b in zip(found.losses, wanted.losses, strict=True)),
+        **compare_gradients(found.gradients, wanted.gradients),
         "weights": weights_off / weights_size,
-        "movement": weights_off / reference.movement,
-        "reductions": reductions if world.size > 1 else engine.num_reductions / len(batches),
+        "movement": weights_off / wanted.movement,
+        "reductions": found.num_reductions,
     }
 
 
@@ -124,7 +128,7 @@ def compare_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> di
     """Relative difference over all parameters; the worst parameter's against its own size (or 1e-3 of all)."""
     error, size = _distance(found, wanted)
     by_name = {
-        name: (found[name] - wanted[name].double()).norm().item()
+        name: (found[name].double() - wanted[name].double()).norm().item()
         / max(wanted[name].double().norm().item(), 1e-3 * size)
         for name in wanted
     }

@@ -63,7 +63,7 @@ def run_config(cell: Cell, folder: Path) -> RunConfig:
                 "zero_stage": cell.stage,
                 "offload_optimizer": cell.offload,
                 "grad_clip": cell.grad_clip,
-                "precision": cell.precision,
+                "precision": "bf16" if cell.precision == "bf16" else "fp32",
             },
         }
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors import safe_open
@@ -26,13 +27,15 @@ from tests.test_objectives import REFERENCES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
-    """losses: of each step. gradients: of the first, by parameter. weights: after the last. movement: their L2 way."""
+class Trained:
+    """losses: of each step. gradients: of the first, by parameter. weights: after the last. movement: how far they
+    went, as an L2 distance. num_reductions: gradient reductions a step."""
 
     losses: list[float]
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
-    movement: float
+    movement: float = 0.0
+    num_reductions: float = 1.0
 
 
 def reference_path(folder: Path, cell: Cell) -> Path:
@@ -48,17 +51,18 @@ def write_references(world: World, argument: tuple[str, list[dict[str, object]]]
     for fields in argument[1]:
         cell = Cell(**fields)  # type: ignore[arg-type]
         if not reference_path(folder, cell).exists():
+            print(f"one process: {reference_path(folder, cell).stem}", flush=True)
             _save(reference_path(folder, cell), train_plainly(cell.single, folder))
 
 
-def _save(path: Path, found: Reference) -> None:
+def _save(path: Path, found: Trained) -> None:
     tensors = {f"gradient/{name}": value for name, value in found.gradients.items()}
     tensors |= {f"weight/{name}": value for name, value in found.weights.items()}
     scalars = json.dumps({"losses": found.losses, "movement": found.movement})
     save_file(tensors, path, metadata={"scalars": scalars})
 
 
-def read_reference(path: Path) -> Reference:
+def read_reference(path: Path) -> Trained:
     """What `write_references` wrote."""
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
@@ -67,13 +71,15 @@ def read_reference(path: Path) -> Reference:
         part: {key.removeprefix(part): value for key, value in tensors.items() if key.startswith(part)}
         for part in ("gradient/", "weight/")
     }
-    return Reference(gradients=parts["gradient/"], weights=parts["weight/"], **scalars)
+    return Trained(gradients=parts["gradient/"], weights=parts["weight/"], **scalars)
 
 
-def train_plainly(cell: Cell, folder: Path) -> Reference:
-    """Five steps of autograd over all samples in one graph."""
+def train_plainly(cell: Cell, folder: Path) -> Trained:
+    """Five steps of autograd over all samples in one graph, of which the towers see `cell.chunk` at once."""
     config = run_config(cell, folder)
     model = PretrainModel(config).train()
+    if cell.precision == "fp64":
+        model.double()
     groups = parameter_groups(model, WEIGHT_DECAY)
     lr = LEARNING_RATE[cell.optimizer]
     optimizer = (
@@ -85,9 +91,10 @@ def train_plainly(cell: Cell, folder: Path) -> Reference:
     start = {name: p.detach().clone() for name, p in trained.items()}
     losses, gradients = [], {}
     for step, batch in enumerate(read_batches(config, cell.masks, World()), 1):
-        loss = plain_loss(model, batch, config, cell, step)
         optimizer.zero_grad()
-        loss.backward()
+        with double_for_float() if cell.precision == "fp64" else nullcontext():
+            loss = plain_loss(model, batch, config, cell, step)
+            loss.backward()
         for p in trained.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if step == 1:
@@ -98,12 +105,12 @@ def train_plainly(cell: Cell, folder: Path) -> Reference:
         losses.append(loss.item())
     weights = {name: p.detach() for name, p in trained.items()}
     movement = torch.stack([(weights[name] - start[name]).double().norm() for name in weights]).norm().item()
-    return Reference(losses=losses, gradients=gradients, weights=weights, movement=movement)
+    return Trained(losses=losses, gradients=gradients, weights=weights, movement=movement)
 
 
 def plain_loss(model: PretrainModel, batch: Batch, config: RunConfig, cell: Cell, step: int) -> Tensor:
     """The loss of a global batch. With dropout, the samples of a micro-chunk go through the towers together."""
-    size = MICRO_CHUNK if cell.dropout else GLOBAL_BATCH
+    size = MICRO_CHUNK if cell.dropout else cell.chunk
     parts = []
     for number, start in enumerate(range(0, GLOBAL_BATCH, size)):
         inputs, present = batch.chunk(start, start + size)
@@ -115,6 +122,11 @@ def plain_loss(model: PretrainModel, batch: Batch, config: RunConfig, cell: Cell
         temperature = objective.temperature(objective.scalars(), vectors["text"])[0]
         loss = loss + REFERENCES[objective.name](vectors, batch.present, batch.ids, temperature, LABEL_SMOOTHING)
     return loss
+
+
+def double_for_float() -> AbstractContextManager[object]:
+    """Where the towers ask for float32 they get float64."""
+    return mock.patch.object(Tensor, "float", Tensor.double)
 
 
 def _draws(seed: int, step: int, number: str, tower: str) -> AbstractContextManager[None]:
