@@ -17,7 +17,7 @@ SMALL_CHUNK, SMALL_CHUNK_TOLERANCE = 4, 2e-6
 
 Masks = Literal["all present", "ragged", "no audio"]
 Precision = Literal["fp32", "bf16", "fp64"]  # fp64: of plain references only
-Fault = Literal["", "gather without gradient", "factor of world size", "other draws"]
+Fault = Literal["", "gather without gradient", "factor of world size", "other draws", "no coalescing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,7 @@ CELLS: list[Cell] = [
     ),
     *(Cell(group=FAULTS, ranks=ranks, fault="gather without gradient") for ranks in (2, 4)),
     *(Cell(group=FAULTS, ranks=ranks, fault="factor of world size") for ranks in (2, 4)),
+    *(Cell(group=FAULTS, ranks=ranks, stage=stage, fault="no coalescing") for ranks, stage in product((2, 4), (1, 2))),
     *(
         Cell(group=FAULTS, ranks=ranks, chunks=micro_chunks(ranks), dropout=True, fault="other draws")
         for ranks in RANKS

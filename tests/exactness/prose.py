@@ -73,6 +73,7 @@ chunks over ranks, in the first table, are off by as much: what is left there is
 topology is far closer to any other than fp32 is to float64.""",
     FAULTS: f"""\
 What the table shows where something is wrong: a gradient off by more than {FAULT_SEEN:g} counts as seen. *gather
-without gradient*: as published trainers do. *factor of world size*: the mean over ranks is not undone. *other draws*:
-dropout under other keys.""",
+without gradient*: as published trainers do. *factor of world size*: the mean over ranks is not undone. *no coalescing*:
+backward is called for each chunk without telling DeepSpeed that they are one step (the engine refuses this; it was
+forced). *other draws*: dropout under other keys.""",
 }
