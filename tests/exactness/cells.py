@@ -16,6 +16,7 @@ TOLERANCE = 1e-6
 SMALL_CHUNK, SMALL_CHUNK_TOLERANCE = 4, 2e-6
 
 Masks = Literal["all present", "ragged", "no audio"]
+MASKS: tuple[Masks, ...] = ("all present", "ragged")
 Precision = Literal["fp32", "bf16", "fp64"]  # fp64: of plain references only
 Fault = Literal["", "gather without gradient", "factor of world size", "other draws", "no coalescing"]
 
@@ -86,9 +87,7 @@ FAULTS = "Faults made on purpose"
 CELLS: list[Cell] = [
     *(
         Cell(group=TOPOLOGY, ranks=ranks, stage=stage, chunks=chunks, objective=objective, masks=masks)
-        for ranks, stage, chunks, objective, masks in product(
-            RANKS, STAGES, (1, 4), ("gram", "infonce"), ("all present", "ragged")
-        )
+        for ranks, stage, chunks, objective, masks in product(RANKS, STAGES, (1, 4), ("gram", "infonce"), MASKS)
     ),
     *(
         Cell(group=DROPOUT, ranks=ranks, stage=stage, chunks=micro_chunks(ranks), objective=objective, dropout=True)
@@ -112,7 +111,7 @@ CELLS: list[Cell] = [
     *(Cell(group=BF16, ranks=ranks, optimizer="adamw", precision="bf16", reference="fp32") for ranks in RANKS),
     *(
         Cell(group=PLAIN, ranks=1, stage=0, chunks=GLOBAL_BATCH // size, objective=objective, masks=masks, plain=True)
-        for objective, masks, size in product(("gram", "infonce"), ("all present", "ragged"), (4, 2, 1))
+        for objective, masks, size in product(("gram", "infonce"), MASKS, (4, 2, 1))
     ),
     *(
         Cell(group=PLAIN, ranks=1, stage=0, chunks=GLOBAL_BATCH // size, precision="bf16", plain=True)
@@ -120,7 +119,7 @@ CELLS: list[Cell] = [
     ),
     *(
         Cell(group=PLAIN, ranks=1, stage=0, chunks=1, objective=objective, masks=masks, plain=True, reference="fp64")
-        for objective, masks in product(("gram", "infonce"), ("all present", "ragged"))
+        for objective, masks in product(("gram", "infonce"), MASKS)
     ),
     *(Cell(group=FAULTS, ranks=ranks, fault="gather without gradient") for ranks in (2, 4)),
     *(Cell(group=FAULTS, ranks=ranks, fault="factor of world size") for ranks in (2, 4)),

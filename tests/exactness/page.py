@@ -10,6 +10,7 @@ from importlib.metadata import version
 from itertools import groupby
 
 from tests.exactness import prose
+from tests.exactness.cells import SMALL_CHUNK_TOLERANCE, TOLERANCE
 from tests.exactness.table import Row
 
 FIGURES = {
@@ -33,12 +34,14 @@ def render(rows: Sequence[Row], seconds: float) -> str:
 def _machine(rows: Sequence[Row], seconds: float) -> str:
     held = [row for row in rows if row.cell.limits and not row.cell.fault]
     missed = sum(bool(row.missed) for row in held)
+    loose = sum(row.measures["worst_tensor"] > TOLERANCE for row in held if not row.missed)
     now = f"{datetime.now(UTC):%Y-%m-%d}"
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
     libraries = f"torch {version('torch').split('+')[0]}, DeepSpeed {version('deepspeed')}, gloo"
     return (
         f"{now}: {machine}, {libraries}; {len(rows)} rows in {seconds / 60:.0f} minutes.\n"
-        f"**{len(held) - missed} of {len(held)} rows that must hold do.**\n"
+        f"**{len(held) - missed} of {len(held)} rows that must hold do.** "
+        f"Of these, {loose} have a worst tensor between {TOLERANCE:g} and {SMALL_CHUNK_TOLERANCE:g}.\n"
     )
 
 
