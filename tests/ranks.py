@@ -14,10 +14,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_ranks(target: str, size: int, folder: Path, argument: Any = None, timeout_s: float = 300) -> list[Any]:
+def run_ranks(
+    target: str, size: int, folder: Path, argument: Any = None, timeout_s: float = 300, show: bool = False
+) -> list[Any]:
     """Call `target` ("tests.module:function") as function(world, argument) on `size` ranks.
 
-    Returns what each rank returned (through JSON). Fails with a rank's traceback.
+    Returns what each rank returned (through JSON). Fails with a rank's traceback. show: what rank 0 prints is seen.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "argument.json").write_text(json.dumps(argument))
@@ -28,7 +30,8 @@ def run_ranks(target: str, size: int, folder: Path, argument: Any = None, timeou
         log = open(folder / f"rank-{rank}.log", "w")  # noqa: SIM115 - belongs to the process
         command = [sys.executable, "-m", "tests.ranks", target, str(folder)]
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+        shown = None if show and rank == 0 else log
+        processes.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=shown, stderr=log))
         log.close()
     try:
         codes = [process.wait(timeout=timeout_s) for process in processes]

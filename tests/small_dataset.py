@@ -30,8 +30,8 @@ def tone(generator: np.random.Generator) -> bytes:
     return sound_bytes((8000 * np.sin(2 * np.pi * generator.uniform(200, 3000) * times)).astype(np.int16), RATE_HZ)
 
 
-def write_dataset(folder: Path, sizes: dict[str, int], samples_per_shard: int = 5) -> Path:
-    """`sizes[split]` samples a split; every 7th lacks sound, every 9th a caption, every 11th a picture."""
+def write_dataset(folder: Path, sizes: dict[str, int], samples_per_shard: int = 5, complete: bool = False) -> Path:
+    """`sizes[split]` samples; unless complete, every 7th lacks sound, every 9th a caption, every 11th a picture."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     words = ["red", "blue", "slow", "loud", "square", "tone", "left", "quiet", "ground", "moving"]
@@ -44,14 +44,14 @@ def write_dataset(folder: Path, sizes: dict[str, int], samples_per_shard: int = 
                 members = {"json": ("json", json.dumps({"key": key}).encode())}
                 row = {"row_id": f"{split}{index}", "clip_index": 0, "weight": 1.0, "start_s": 0.0, "end_s": DURATION_S}
                 row |= {"subtitles": [], "metadata": "{}", "captions": []}
-                if index % 11 != 10:
+                if complete or index % 11 != 10:
                     members["video"] = ("mp4", moving_square(generator))
                     row |= {"video_num_frames": int(FPS * DURATION_S), "video_fps": float(FPS)}
                     row |= {"video_width_px": SIDE_PX, "video_height_px": SIDE_PX, "video_duration_s": DURATION_S}
-                if index % 7 != 6:
+                if complete or index % 7 != 6:
                     members["audio"] = ("flac", tone(generator))
                     row |= {"audio_sample_rate_hz": RATE_HZ, "audio_duration_s": DURATION_S}
-                if index % 9 != 8:
+                if complete or index % 9 != 8:
                     texts = [" ".join(generator.choice(words, 5)) for _ in range(2)]
                     row["captions"] = [{"text": text, "source": "human"} for text in texts]
                 writer.write(Sample(key=key, members=members, index=row))
