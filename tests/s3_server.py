@@ -17,7 +17,7 @@ from typing import Any
 
 BUCKET = "bucket"
 PORT_LINE = re.compile(r"Running on http://127\.0\.0\.1:(\d+)")
-GET_LINE = re.compile(r'"GET /' + BUCKET + r'/(\S+?)(?:\?\S*)? HTTP')
+GET_LINE = re.compile(r'"GET /' + BUCKET + r"/(\S+?)(?:\?\S*)? HTTP")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,9 @@ def test_each_dataset_has_its_own_epochs_with_each_sample_once() -> None:
         # Datasets that are alike are not walked through alike.
         expected = SampleOrder(SIZES[number], 3, 2, dataset=number).samples(0, int(own.sum()))
         assert (ids[own] - firsts[number]).tolist() == expected[1].tolist()
-    assert SampleOrder([50], 3, 2, 0).samples(0, 50)[1].tolist() != SampleOrder([50], 3, 2, 1).samples(0, 50)[1].tolist()
+    assert (
+        SampleOrder([50], 3, 2, 0).samples(0, 50)[1].tolist() != SampleOrder([50], 3, 2, 1).samples(0, 50)[1].tolist()
+    )
 
 
 def test_one_dataset_is_its_own_order() -> None:
@@ -208,7 +210,10 @@ def test_one_mapping_is_a_list_of_one() -> None:
 @pytest.mark.parametrize(
     ("train", "said"),
     [
-        ([{"path": "a", "split": "t", "weight": 1}, {"path": "b", "split": "t"}], "b has no weight and others have one"),
+        (
+            [{"path": "a", "split": "t", "weight": 1}, {"path": "b", "split": "t"}],
+            "b has no weight and others have one",
+        ),
         ([{"path": "a", "split": "t"}] * 2, "split t of a is there twice"),
         ([], "at least 1 item"),
         ({"path": "a", "split": "t", "weight": 0}, "greater than 0"),
