@@ -85,6 +85,29 @@ class RemoteFiles:
 
         return self._retried(name, attempt)
 
+    def names(self) -> set[str]:
+        """All files below the URL, as paths relative to it; none where a part of one is `..`."""
+
+        def attempt() -> set[str]:
+            system, root = self._system()
+            found = {str(path).removeprefix(root).lstrip("/") for path in system.find(root)}
+            return {name for name in found if ".." not in name.split("/")}
+
+        return self._retried("", attempt)
+
+    def copy(self, name: str, path: Path) -> None:
+        """Copy a file as it is to `path`.
+
+        Raises:
+            ShardUnavailable: the store does not answer or refuses. FileNotFoundError: no such file.
+        """
+
+        def attempt() -> None:
+            system, root = self._system()
+            system.get_file(f"{root}/{name}", str(path))
+
+        self._retried(name, attempt)
+
     def indices(self, shards: Sequence[ShardInfo]) -> list[Path]:
         """A local copy of the index of each shard."""
         with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:

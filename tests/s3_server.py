@@ -50,9 +50,9 @@ class S3Server:
     def upload(self, folder: Path, name: str) -> str:
         """Copy a dataset folder there; returns its URL."""
         client = self.client()
-        for path in sorted(folder.iterdir()):
+        for path in sorted(folder.rglob("*")):
             if path.is_file():
-                client.upload_file(str(path), BUCKET, f"{name}/{path.name}")
+                client.upload_file(str(path), BUCKET, f"{name}/{path.relative_to(folder).as_posix()}")
         return f"s3://{BUCKET}/{name}"
 
     def gets(self, ending: str) -> Counter[str]:

@@ -18,13 +18,17 @@ import pytest
 
 from data_pipeline.settings import UserError
 from data_pipeline.shards import GIB, ShardCache, ShardedDataset, ShardUnavailable, read_dataset_json
+from data_pipeline.verify import verify_dataset
 from pretrain.config import DataConfig
 from pretrain.data import tokenize
 from pretrain.data.batch import Batch
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.pins import current_pins, open_pinned
 from tests.s3_server import BUCKET, S3Server, s3_server
+from tests.test_architecture import COMMAND_LINE, loaded_heavy
 from tests.test_loader import assert_equal
+from tests.test_resume import drawn, finish, losses, write_config
+from tests.test_shards import write_accounted_dataset
 from tests.tiny_dataset import TOWERS, data_config, make_sample, noisy_members, write_dataset, write_tokenizer
 
 NUM_SHARDS, SAMPLES_A_SHARD, BLOCK_SHARDS, GLOBAL_BATCH = 12, 3, 2, 4
@@ -273,3 +277,55 @@ def test_a_digest_from_elsewhere_is_no_path(folder: Path, url: str, server: S3Se
     server.client().put_object(Bucket=BUCKET, Key=f"{name}/dataset.json", Body=json.dumps(description).encode())
     with pytest.raises(UserError, match="is no SHA-256"):
         ShardedDataset(url, "train", cache=ShardCache(folder=tmp_path / "cache", max_bytes=GIB))
+
+
+def test_verify_reads_a_url(server: S3Server, tmp_path: Path) -> None:
+    (tmp_path / "media").mkdir()
+    folder = write_accounted_dataset(tmp_path / "data", tmp_path / "media")
+    url = server.upload(folder, "accounted")
+    here, there = verify_dataset(folder), verify_dataset(url)
+    assert (there.problems, there.counts) == ([], here.counts)
+    client = server.client()
+    client.delete_object(Bucket=BUCKET, Key="accounted/shard-000001.tar")
+    client.put_object(Bucket=BUCKET, Key="accounted/shard-000009.tar", Body=b"?")
+    client.put_object(Bucket=BUCKET, Key="accounted/shard-000000.tar", Body=b"?")
+    problems = verify_dataset(url).problems
+    for words in ("shard-000001.tar: not readable", "shard-000009.tar: in no record", "has 1 bytes; expected"):
+        assert any(words in problem for problem in problems), problems
+
+
+@pytest.mark.slow
+def test_the_commands_read_urls(server: S3Server, small_dataset: Path, tmp_path: Path) -> None:
+    """A run on a URL is the run on the folder; evaluate, export, embed and inspect take a URL too."""
+    url, cache = server.upload(small_dataset, "small"), str(tmp_path / "cache")
+    for name, place in (("local", str(small_dataset)), ("remote", url)):
+        parts = {split: {"path": place, "split": split} for split in ("train", "val")}
+        data = {"train": parts["train"], "validation": parts["val"], "num_workers": 2, "cache_dir": cache}
+        config = write_config(
+            tmp_path / f"{name}.yaml", small_dataset, tmp_path / name, data=data, schedule={"num_steps": 3}
+        )
+        finish(config, 1)
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+    assert drawn(tmp_path / "remote") == drawn(tmp_path / "local")
+    run, model = str(tmp_path / "remote"), str(tmp_path / "model")
+    for arguments in (
+        ["evaluate", run, "--data", url, "--split", "val"],
+        ["export", run, "--out", model],
+        ["embed", model, "--data", url, "--split", "val", "--out", str(tmp_path / "embedded")],
+        ["inspect", url, "--sheet", "2", "--samples", "1", "--out", str(tmp_path / "inspection")],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "pretrain.main", *arguments], capture_output=True, text=True,
+            env=os.environ | {"XDG_CACHE_HOME": cache},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "inspection" / "contact-sheet.png").is_file()
+
+
+def test_preflight_reads_a_url_without_torch(url: str, folder: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "c.yaml", folder, tmp_path / "run", data={"train": {"path": url, "split": "trian"}}
+    )
+    loaded, said, code = loaded_heavy(COMMAND_LINE, "pretrain", str(config))
+    assert (loaded, code) == (set(), 2)
+    assert said == f"error: data.train: dataset {url} has no split 'trian'; did you mean 'train'? (valid: train)\n"
