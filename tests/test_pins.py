@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipeline.settings import UserError
+from data_pipeline.settings import UserError, load_settings
 from data_pipeline.shards import ShardedDataset, ShardWriter, write_json
-from pretrain.config import DataConfig
-from pretrain.data.pins import NAME, held_pins, open_pinned, pins_digest, read_pins, renew_pins
+from pretrain.collectives import ALONE
+from pretrain.config import DataConfig, RunConfig
+from pretrain.data.pins import NAME, held_pins, open_pinned, pins_digest, read_pins, renew_pins, shared_pins
 from pretrain.run_log import METRICS, read_lines
 from tests.test_resume import drawn, finish, losses, write_config
 from tests.tiny_dataset import make_sample, noisy_members, write_dataset
@@ -123,6 +124,25 @@ def test_pins_that_cannot_be_read_are_a_line(folder: Path, tmp_path: Path) -> No
         (run / NAME).write_text(text)
         with pytest.raises(UserError, match="no list of shards"):
             held_pins(run, data)
+
+
+def test_when_a_run_takes_what_is_there_now(folder: Path, tmp_path: Path) -> None:
+    """Where its shards are gone before it has made a checkpoint, or where that is accepted; else never."""
+    run = tmp_path / "run"
+    config = load_settings(RunConfig, write_config(tmp_path / "c.yaml", folder, run, data={"validation": None}))
+    accepting = config.model_copy(update={"accept": ("dataset",)})
+    first, _ = shared_pins(config, ALONE, begun=False)
+    grow(folder, 5)
+    assert shared_pins(config, ALONE, begun=False)[0] == first  # also a start that was killed at once goes on
+    renewed, notes = shared_pins(accepting, ALONE, begun=True)
+    assert [pin.num_samples for pin in renewed] == [11]
+    assert notes == [
+        f"accepted: dataset {folder}, split 'train': 3 shards with 6 samples were pinned, 4 with 11 are now"
+    ]
+    change_shards(folder, "gone", 1)
+    with pytest.raises(UserError, match=r"is gone, of 4 .* or go on with --accept dataset"):
+        shared_pins(config, ALONE, begun=True)
+    assert [pin.num_samples for pin in shared_pins(config, ALONE, begun=False)[0]] == [9]
 
 
 @pytest.mark.slow
