@@ -33,11 +33,11 @@ def shard(
         raise typer.Exit(1)
 
 
-def verify(folder: Annotated[Path, typer.Argument(help="A folder that 'parallelotope shard' wrote.")]) -> None:
+def verify(dataset: Annotated[str, typer.Argument(help="What 'parallelotope shard' wrote: a folder or URL.")]) -> None:
     """Re-read every byte of a sharded dataset and account for every row."""
     from data_pipeline.verify import verify_dataset
 
-    report = verify_dataset(folder)
+    report = verify_dataset(dataset)
     typer.echo(report.table())
     for problem in report.problems:
         typer.echo(f"verify: {problem}", err=True)

@@ -15,8 +15,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.location import is_url
 from data_pipeline.settings import UserError
-from data_pipeline.source import is_url
 
 FOLDER_MEDIA = {
     "video": (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv"),

@@ -13,12 +13,12 @@ from typing import Any
 
 from data_pipeline.config import ShardConfig
 from data_pipeline.dataset import assemble
+from data_pipeline.location import is_url
 from data_pipeline.manifest import read_manifest
 from data_pipeline.plan import Task, extend_plan
 from data_pipeline.progress import JobProgress, counted, describe_rejects
 from data_pipeline.ray_job import run_on_ray
 from data_pipeline.settings import UserError
-from data_pipeline.source import is_url
 from data_pipeline.task import CONTENT, finished_record, remove_partials, run_task
 
 

@@ -8,11 +8,7 @@ from typing import BinaryIO, cast
 import fsspec
 
 from data_pipeline.filters import Reason, Rejected
-
-
-def is_url(path: str) -> bool:
-    """Whether fsspec, not the local file system, opens `path`."""
-    return "://" in path or "::" in path
+from data_pipeline.location import is_url
 
 
 def resolve(base: str, path: str) -> str:

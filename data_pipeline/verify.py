@@ -19,6 +19,7 @@ from data_pipeline.plan import Task, read_plan
 from data_pipeline.progress import JobProgress
 from data_pipeline.shards import INDEX_SCHEMA, REJECTS_SCHEMA, SLOTS, ShardInfo, file_sha256, read_dataset_json
 from data_pipeline.task import read_record
+from data_pipeline.whole_dataset import WholeDataset, whole_dataset
 
 
 @dataclass(kw_only=True)
@@ -34,14 +35,19 @@ class Report:
         return "\n".join([*lines, f"{'problems':<10}{len(self.problems):>14,}"])
 
 
-def verify_dataset(folder: Path | str) -> Report:
-    """Check tars, indices, hashes, records, rejects and the ledger of the dataset in `folder`.
+def verify_dataset(location: Path | str) -> Report:
+    """Check tars, indices, hashes, records, rejects and the ledger of the dataset in a folder or below a URL.
 
     Raises:
-        UserError: there is no finished dataset of this schema version.
+        UserError: there is no finished dataset of this schema version, or its store does not answer.
     """
-    folder = Path(folder)
-    info = read_dataset_json(folder)
+    info = read_dataset_json(location)
+    with whole_dataset(location) as dataset:
+        return _verify(dataset, info)
+
+
+def _verify(dataset: WholeDataset, info: dict[str, Any]) -> Report:
+    folder = dataset.folder
     tasks, bytes_config = read_plan(folder)
     report = Report()
     records = []
@@ -61,11 +67,11 @@ def verify_dataset(folder: Path | str) -> Report:
         for record in records:
             for shard in record["shards"]:
                 report.problems += [
-                    f"{shard['path']}: {line}" for line in _shard_problems(folder, record, shard, report)
+                    f"{shard['path']}: {line}" for line in _shard_problems(dataset, record, shard, report)
                 ]
                 progress.advance(1)
     known = {shard["path"] for record in records for shard in record["shards"]}
-    report.problems += [f"{p.name}: in no record" for p in sorted(folder.glob("shard-*.tar")) if p.name not in known]
+    report.problems += [f"{name}: in no record" for name in sorted(dataset.tar_names - known)]
     report.counts = {
         "rows": sum(len(task.rows) for task in tasks),
         "clips": sum(record["num_samples"] for record in records),
@@ -105,22 +111,25 @@ def _rejects_problems(folder: Path, info: dict[str, Any], records: list[dict[str
         yield f"rejects.parquet: not readable: {error}"
 
 
-def _shard_problems(folder: Path, record: dict[str, Any], shard: dict[str, Any], report: Report) -> Iterator[str]:
-    info = ShardInfo(**shard)
+def _shard_problems(
+    dataset: WholeDataset, record: dict[str, Any], shard: dict[str, Any], report: Report
+) -> Iterator[str]:
+    info, index_path = ShardInfo(**shard), dataset.folder / shard["index_path"]
     try:
-        for path, num_bytes, sha256 in (
-            (folder / info.path, info.num_bytes, info.sha256),
-            (folder / info.index_path, info.index_bytes, info.index_sha256),
-        ):
-            found_bytes = path.stat().st_size
-            report.counts["bytes"] = report.counts.get("bytes", 0) + found_bytes
-            if found_bytes != num_bytes:
-                yield f"{path.name} has {found_bytes} bytes; expected {num_bytes}"
-            elif file_sha256(path) != sha256:
-                yield f"SHA-256 of {path.name} differs from its record"
-        rows = pq.read_table(folder / info.index_path, schema=INDEX_SCHEMA).to_pylist()
-        yield from _index_problems(rows, record, info)
-        yield from _member_problems(folder / info.path, rows, report)
+        with dataset.tar(info.path) as tar_path:
+            for path, num_bytes, sha256 in (
+                (tar_path, info.num_bytes, info.sha256),
+                (index_path, info.index_bytes, info.index_sha256),
+            ):
+                found_bytes = path.stat().st_size
+                report.counts["bytes"] = report.counts.get("bytes", 0) + found_bytes
+                if found_bytes != num_bytes:
+                    yield f"{path.name} has {found_bytes} bytes; expected {num_bytes}"
+                elif file_sha256(path) != sha256:
+                    yield f"SHA-256 of {path.name} differs from its record"
+            rows = pq.read_table(index_path, schema=INDEX_SCHEMA).to_pylist()
+            yield from _index_problems(rows, record, info)
+            yield from _member_problems(tar_path, rows, report)
     except (OSError, pa.ArrowException, tarfile.TarError) as error:
         yield f"not readable: {' '.join(str(error).split())}"
 

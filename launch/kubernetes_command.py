@@ -116,7 +116,7 @@ def check_places(settings: RunConfig, volumes: tuple[Volume, ...], work_dir: str
 
 def _check_data_here(settings: RunConfig, ranks: int) -> None:
     """Check the datasets when they are here too; else the pods do, before a rank starts."""
-    parts = [part for part in (settings.data.train, settings.data.validation) if part is not None]
+    parts = [part for part in (*settings.data.train, settings.data.validation) if part is not None]
     elsewhere = sorted({part.path for part in parts if not Path(part.path).is_dir()})
     if elsewhere:
         say(f"not on this machine, so checked by the pods when they start: {', '.join(elsewhere)}")

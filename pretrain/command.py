@@ -41,7 +41,7 @@ def pretrain(
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")],
-    data: Annotated[Path, typer.Option(help="A dataset folder.")],
+    data: Annotated[str, typer.Option(help="A dataset folder or URL.")],
     split: Annotated[str, typer.Option(help="The split to evaluate.")] = "test",
     checkpoint: Annotated[str, typer.Option(help="best or last.")] = "best",
     workers: Annotated[int, typer.Option(help="Decoding processes.")] = 2,
@@ -58,7 +58,7 @@ def evaluate(
     kept.save(embeddings_path(folder, target.stem))
     write_json(
         target,
-        {"checkpoint": source.name, "step": kept.step, "data": str(data), "split": split, **report.to_json()},
+        {"checkpoint": source.name, "step": kept.step, "data": data, "split": split, **report.to_json()},
     )
     console = Console()
     console.print(report.table(f"{run} ({source.name}) on {split}"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -13,8 +13,15 @@ from pretrain.objective_config import ObjectiveConfig
 class SplitConfig(Settings):
     """One split of one sharded dataset."""
 
-    path: str  # folder with dataset.json
+    path: str  # folder with dataset.json, or its URL (s3://bucket/folder, or any other of fsspec)
     split: str
+
+
+class TrainSplit(SplitConfig):
+    """A split to train on, and its share of the samples."""
+
+    # Relative to the others'; null in all: each in proportion to its number of samples.
+    weight: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 class AugmentConfig(Settings):
@@ -36,13 +43,32 @@ class AugmentConfig(Settings):
 class DataConfig(Settings):
     """Where samples come from and what is taken of each."""
 
-    train: SplitConfig
+    train: list[TrainSplit] = Field(min_length=1)  # one mapping is a list of one; several are mixed by weight
     validation: SplitConfig | None = None
     window_s: PositiveFloat = 4.0  # frames and sound of a sample come from the same window of this length
     num_workers: int = Field(2, ge=0)  # decoding processes a rank; 0 decodes in the training process
     prefetch_batches: PositiveInt = 2  # batches a worker keeps ready
     block_shards: PositiveInt = 8  # samples are shuffled inside blocks of this many (shuffled) shards
     augment: AugmentConfig = AugmentConfig()
+    cache_dir: str | None = None  # for shards of URLs, on a local disk; null: a folder in the user's cache folder
+    cache_gib: PositiveFloat = 50.0  # bound on the shards in it, which all processes of a node share
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict | SplitConfig) else value
+
+    @field_validator("train")
+    @classmethod
+    def _all_or_no_weights(cls, value: list[TrainSplit]) -> list[TrainSplit]:
+        without = [part.path for part in value if part.weight is None]
+        if 0 < len(without) < len(value):
+            raise ValueError(f"{without[0]} has no weight and others have one; expected a weight for all or for none")
+        places = [(part.path, part.split) for part in value]
+        twice = [place for place in places if places.count(place) > 1]
+        if twice:
+            raise ValueError(f"split {twice[0][1]} of {twice[0][0]} is there twice; expected each once, with a weight")
+        return value
 
 
 class TransformerConfig(Settings):
@@ -178,7 +204,8 @@ class CheckpointConfig(Settings):
 
 # What a checkpoint must share with the run that goes on from it, unless it is named in `accept`.
 IDENTITY = (
-    "towers", "embedding_dim", "objective", "optimizer", "tokenizer", "dataset", "global_batch", "seed", "block_shards",
+    "towers", "embedding_dim", "objective", "optimizer", "tokenizer", "dataset", "mixture", "global_batch", "seed",
+    "block_shards",
 )  # fmt: skip
 
 

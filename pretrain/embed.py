@@ -55,7 +55,7 @@ class EmbedJob:
     """What to embed with what, and where to: the options of `parallelotope embed`."""
 
     export: Path
-    data: Path
+    data: str
     split: str | None
     out: Path
     batch_size: int
@@ -89,7 +89,7 @@ def _run_processes(job: EmbedJob, processes: int) -> int:
     """This command in `processes` processes that find each other; the exit code of the first that failed, or 0."""
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise UserError(f"--processes {processes}: expected at most {torch.cuda.device_count()}, one for each GPU")
-    command = [sys.executable, "-m", "pretrain.main", "embed", str(job.export), "--data", str(job.data)]
+    command = [sys.executable, "-m", "pretrain.main", "embed", str(job.export), "--data", job.data]
     command += ["--out", str(job.out), "--batch", str(job.batch_size), "--workers", str(job.workers)]
     command += [] if job.split is None else ["--split", job.split]
     environment = os.environ | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.settings import load_settings
-from data_pipeline.shards import ShardedDataset
+from data_pipeline.shards import ShardCache, ShardedDataset, shards_of
 from pretrain import checkpoint
 from pretrain.collectives import ALONE, World
 from pretrain.config import RunConfig
@@ -133,11 +133,13 @@ def load_run(run: Path, which: str = "best") -> tuple[RunConfig, PretrainModel, 
 
 
 def evaluate_run(
-    run: Path, data: Path, split: str, which: str, num_workers: int
+    run: Path, data: str, split: str, which: str, num_workers: int
 ) -> tuple[RetrievalReport, Path, KeptEmbeddings]:
     """Retrieval report of a run on a split of a dataset, the checkpoint that was used, and the embeddings."""
-    dataset = ShardedDataset(data, split)
+    shards = shards_of(data, split)  # a mistake is said before the model is loaded
     config, model, source = load_run(run, which)
+    cache = ShardCache.of(config.data.cache_dir, config.data.cache_gib)
+    dataset = ShardedDataset(data, split, shards=shards, cache=cache)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     data_config = config.data.model_copy(update={"num_workers": num_workers})

@@ -30,7 +30,7 @@ def export(
 
 def embed(
     export: Annotated[Path, typer.Argument(help="A folder that 'parallelotope export' wrote.")],
-    data: Annotated[Path, typer.Option(help="A dataset folder.")],
+    data: Annotated[str, typer.Option(help="A dataset folder or URL.")],
     out: Annotated[Path, typer.Option(help="Folder for the Parquet files; run again, it does only what is missing.")],
     split: Annotated[str | None, typer.Option(help="The split to embed; default: all.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine; with GPUs, one each.")] = 1,

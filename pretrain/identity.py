@@ -21,7 +21,8 @@ class Identity:
     objective: list[dict[str, Any]]
     optimizer: str
     tokenizer: str | None  # digest; None: no text
-    dataset: str  # digest of the training split
+    dataset: str  # digest of the pinned training splits
+    mixture: list[float]  # weights of several datasets; empty: in proportion to their samples
     global_batch: int
     seed: int
     block_shards: int
@@ -36,6 +37,7 @@ class Identity:
             optimizer=config.optimizer.name,
             tokenizer=tokenizer_digest(config),
             dataset=dataset_digest,
+            mixture=[p.weight for p in config.data.train if p.weight is not None and len(config.data.train) > 1],
             global_batch=config.train.global_batch,
             seed=config.seed,
             block_shards=config.data.block_shards,

@@ -31,7 +31,7 @@ class KeptEmbeddings:
     vectors: dict[str, Float[Tensor, "samples dim"]]
     present: dict[str, Bool[Tensor, " samples"]]
     positions: Int64[Tensor, " samples"]
-    data: str  # absolute path of the dataset folder
+    data: str  # absolute path of the dataset folder, or its URL
     split: str | None
     digest: str
     step: int
@@ -47,7 +47,7 @@ class KeptEmbeddings:
     ) -> KeptEmbeddings:
         """Embeddings of samples of `dataset` after `step` updates."""
         return cls(
-            vectors=vectors, present=present, positions=positions, data=str(dataset.folder.resolve()),
+            vectors=vectors, present=present, positions=positions, data=dataset.absolute_location,
             split=dataset.split, digest=dataset.digest, step=step,
         )  # fmt: skip
 

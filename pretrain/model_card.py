@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.settings import UserError
-from data_pipeline.shards import ShardedDataset
+from data_pipeline.shards import dataset_name
 from pretrain.config import RunConfig, TransformerConfig
+from pretrain.data.pins import pins_digest, read_pins
 from pretrain.export_format import ExportConfig
 
 FILE_NAMES = {"video": '["a.mp4", "b.mp4"]', "audio": '["a.mp4", "b.mp4"]', "text": '["a dog barks", "rain on a roof"]'}
@@ -21,7 +21,7 @@ def model_card(name: str, exported: ExportConfig, config: RunConfig, sizes: dict
     sections = [
         "\n".join(_front(name, exported, sizes)),
         "## Use\n\n" + _usage(exported),
-        "## Training\n\n" + "\n".join(_training(exported, config)),
+        "## Training\n\n" + "\n".join(_training(exported, config, run)),
         "## Retrieval\n\n" + _evaluations(run, exported.origin.checkpoint),
         "## Limits\n\n" + "\n".join(_limits(exported)),
     ]
@@ -76,9 +76,9 @@ This needs parallelotope without its `train` extra, and no network. A whole shar
 `parallelotope embed DIR --data DATASET --out EMBEDDINGS`."""
 
 
-def _training(exported: ExportConfig, config: RunConfig) -> Iterator[str]:
+def _training(exported: ExportConfig, config: RunConfig, run: Path) -> Iterator[str]:
     train = config.train
-    yield f"- data: {_counts(exported, config)}"
+    yield f"- data: {_counts(exported, run)}"
     yield f"- step {exported.origin.step:,} of {config.schedule.num_steps:,}, global batch {train.global_batch:,}"
     for part in config.objective:
         options = ", ".join(
@@ -100,21 +100,17 @@ def _training(exported: ExportConfig, config: RunConfig) -> Iterator[str]:
     yield "- made with " + ", ".join(f"{library} {number}" for library, number in exported.libraries.items())
 
 
-def _counts(exported: ExportConfig, config: RunConfig) -> str:
-    """Samples by split, where the dataset is still at hand and the one that was trained on."""
-    digest = exported.origin.dataset
-    part = config.data.train
-    try:
-        dataset = ShardedDataset(part.path, part.split)
-    except UserError:
-        return f"split {part.split}, digest {digest} (the dataset was not at hand when this was written)"
-    if dataset.digest != digest:
-        return f"split {part.split}, digest {digest} (the dataset has changed since: {len(dataset):,} samples now)"
-    counts: dict[str, int] = {}
-    for shard in dataset.info["shards"]:
-        counts[shard["split"]] = counts.get(shard["split"], 0) + shard["num_samples"]
-    others = ", ".join(f"{name} {count:,}" for name, count in counts.items() if name != part.split) or "none"
-    return f"{len(dataset):,} samples of split {part.split} (digest {digest}); other splits: {others}"
+def _counts(exported: ExportConfig, run: Path) -> str:
+    """Samples of each dataset, of the shards that the run has pinned."""
+    pins, digest = read_pins(run), exported.origin.dataset
+    if pins is None or pins_digest(pins) != digest:
+        return f"digest {digest} (the run keeps no list of its shards)"
+    parts = [
+        f"{pin.num_samples:,} samples of split {pin.split}"
+        + (f" of `{dataset_name(pin.path)}`" if len(pins) > 1 else "")
+        for pin in pins
+    ]
+    return f"{', '.join(parts)} (digest {digest})"
 
 
 def _evaluations(run: Path, checkpoint: str) -> str:

@@ -12,7 +12,8 @@ import typer
 
 from data_pipeline.settings import UserError, nearest
 from data_pipeline.shards import read_dataset_json
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, SplitConfig
+from pretrain.data.mixture import positions_a_window
 
 Accept = Annotated[
     list[str] | None,
@@ -43,18 +44,24 @@ def check_data(config: RunConfig, ranks: int) -> None:
     Raises:
         UserError: one line: what was found, what was expected.
     """
-    for place, part in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-        if part is None:
-            continue
-        place = f"{place}: dataset {part.path}"
-        shards = read_dataset_json(part.path)["shards"]
-        splits = {shard["split"] for shard in shards}
-        if part.split not in splits:
-            raise UserError(f"{place} has no split '{part.split}'; {nearest(part.split, splits)}")
-        num_samples = sum(shard["num_samples"] for shard in shards if shard["split"] == part.split)
-        needed = 1 if part is config.data.train else ranks
-        if num_samples < needed:
-            raise UserError(f"{place} has {num_samples} samples in split '{part.split}'; expected at least {needed}")
+    train, held_out = config.data.train, config.data.validation
+    sizes = [_num_samples("data.train", part, needed=1) for part in train]
+    positions_a_window([part.weight for part in train], sizes, [part.path for part in train])
+    if held_out is not None:
+        _num_samples("data.validation", held_out, needed=ranks)
+
+
+def _num_samples(place: str, part: SplitConfig, needed: int) -> int:
+    """Samples of a split, at least `needed`."""
+    place = f"{place}: dataset {part.path}"
+    shards = read_dataset_json(part.path)["shards"]
+    splits = {shard["split"] for shard in shards}
+    if part.split not in splits:
+        raise UserError(f"{place} has no split '{part.split}'; {nearest(part.split, splits)}")
+    num_samples = sum(shard["num_samples"] for shard in shards if shard["split"] == part.split)
+    if num_samples < needed:
+        raise UserError(f"{place} has {num_samples} samples in split '{part.split}'; expected at least {needed}")
+    return int(num_samples)
 
 
 def check_ranks(config: RunConfig, ranks: int) -> None:

@@ -135,9 +135,10 @@ class RunLog:
         except Exception as error:  # a full disk, unreadable media, a missing library
             self.say(f"{failure}: {type(error).__name__}: {' '.join(str(error).split())}")
 
-    def samples(self, step: int, batch: Batch) -> None:
-        """The keys of this rank's samples of a step."""
+    def samples(self, step: int, batch: Batch, datasets: list[int] | None) -> None:
+        """The keys of this rank's samples of a step, and the numbers of their `datasets` where there are several."""
         record = {"step": step, "position": batch.position, "epochs": batch.epochs.tolist(), "keys": batch.keys}
+        record |= {} if datasets is None else {"datasets": datasets}
         append_line(self._run / "samples" / f"rank-{self._rank:05d}.jsonl", record)
 
     def skipped(self, step: int, batch: Batch, values: dict[str, float]) -> None:
@@ -154,6 +155,7 @@ class RunLog:
         """Members of this rank's samples that could not be read."""
         for event in batch.events:
             record = {"step": step, "key": event.key, "modality": event.modality, "reason": event.reason}
+            record |= {"dataset": event.dataset} if event.dataset else {}
             append_line(self._run / "data_problems" / f"rank-{self._rank:05d}.jsonl", record)
 
     def __enter__(self) -> RunLog:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from data_pipeline.shards import ShardedDataset
+from data_pipeline.shards import ShardCache, ShardedDataset
 from pretrain import checkpoint
 from pretrain.collectives import World
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
 from pretrain.data.loader import TrainLoader
+from pretrain.data.pins import Pin, current_pins, open_pinned, pins_digest, read_pins
 from pretrain.engine import Engine
 from pretrain.grad_cache import GradCache
 from pretrain.identity import Identity
@@ -29,17 +31,20 @@ class Session:
 
     Args:
         source: the checkpoint to go on from; None: the run begins.
+        pins: the shards to train on; None: those that the run keeps to, or that are there.
 
     Raises:
         UserError: the data, the checkpoint or the weights to start from do not fit the config.
     """
 
-    def __init__(self, config: RunConfig, world: World, source: Path | None) -> None:
+    def __init__(self, config: RunConfig, world: World, source: Path | None, pins: Sequence[Pin] | None = None) -> None:
         self.config, self.world = config, world
-        self.dataset = ShardedDataset(config.data.train.path, config.data.train.split)
-        held_out = config.data.validation
-        self.validation = ShardedDataset(held_out.path, held_out.split) if held_out else None
-        self.identity = Identity.of(config, self.dataset.digest)
+        if pins is None:
+            pins = read_pins(Path(config.run_dir)) or current_pins(config.data)
+        self.dataset = open_pinned(pins, config.data)
+        held_out, cache = config.data.validation, ShardCache.of(config.data.cache_dir, config.data.cache_gib)
+        self.validation = ShardedDataset(held_out.path, held_out.split, cache=cache) if held_out else None
+        self.identity = Identity.of(config, pins_digest(pins))
         model = PretrainModel(config)
         start = restore(config, model, self.identity, source)
         self.progress, self.notes = start.progress, start.notes

@@ -17,6 +17,7 @@ from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
+from pretrain.data.pins import shared_pins
 from pretrain.evaluate import validation_score
 from pretrain.identity import differences
 from pretrain.kept_embeddings import embeddings_path
@@ -43,8 +44,9 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.lock = hold_run(self.run_dir) if world.rank == 0 else None
         source, notes = newest_checkpoint(self.run_dir, world)
-        self.session = Session(config, world, source)
-        self.session.notes[:0] = notes
+        pins, grown = shared_pins(config, world, begun=source is not None)
+        self.session = Session(config, world, source, pins)
+        self.session.notes[:0] = [*notes, *grown]
         self.clock = self.session.clock
         self.writer = CheckpointWriter(config, self.session.engine, self.session.identity, world)
         self.last_save = time.monotonic()
@@ -71,6 +73,7 @@ class Trainer:
                 metrics, applied = session.step(batch)
                 step = session.progress.step
                 stop, save, written, problems = self._agree(len(batch.events))
+                metrics |= loader.epochs_at(batch.next_position)
                 self._log(log, batch, {**metrics, "data_problems": problems, "skipped": float(not applied)})
                 if not applied:
                     self._bear_skipped(log, batch, metrics)
@@ -160,7 +163,7 @@ class Trainer:
         position = self.session.progress.position
         log.step(step, {**metrics, "position": position, "samples_per_s": speed, **times})
         if self.config.train.log_samples:
-            log.samples(step, batch)
+            log.samples(step, batch, self.session.dataset.numbers_in_log(batch.ids.tolist()))
         log.data_problems(step, batch)
 
     def _who(self) -> str:

@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_listed(export_folder: Path, tmp_path: Path) -> N
 
 
 def test_parts_of_another_table_are_refused(alone: Path, export_folder: Path, small_dataset: Path) -> None:
-    job = EmbedJob(export=export_folder, data=small_dataset, split="val", out=alone, batch_size=4, workers=0)
+    job = EmbedJob(export=export_folder, data=str(small_dataset), split="val", out=alone, batch_size=4, workers=0)
     with pytest.raises(UserError, match=r"embeddings of another .*split; expected a new folder"):
         embed_dataset(job, 1)
 

@@ -143,6 +143,6 @@ def test_captions_that_are_cut_are_counted() -> None:
 
 def test_mistakes_are_a_line(mixed: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        inspect(tmp_path / "nothing", None, None, 1, 0, False, None)
+        inspect(str(tmp_path / "nothing"), None, None, 1, 0, False, None)
     with pytest.raises(UserError, match="no split 'trian'; did you mean 'train'"):
-        inspect(mixed, None, "trian", 1, 0, False, tmp_path)
+        inspect(str(mixed), None, "trian", 1, 0, False, tmp_path)

@@ -51,8 +51,11 @@ def make_rows() -> list[ManifestRow]:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_accounted_dataset(tmp_path_factory.mktemp("dataset"), tmp_path_factory.mktemp("media"))
+
+
+def write_accounted_dataset(folder: Path, media: Path) -> Path:
     """A finished dataset of ten rows, one of them unusable, in two splits and more shards than tasks."""
-    folder, media = tmp_path_factory.mktemp("dataset"), tmp_path_factory.mktemp("media")
     write_clip(media / "v.mp4", duration_s=1.0)
     write_clip(media / "mute.mp4", duration_s=1.0, sound=False)
     config = check_settings(ShardConfig, CONFIG, "test")

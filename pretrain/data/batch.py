@@ -19,14 +19,16 @@ class LoadEvent:
     key: str
     modality: str
     reason: str
+    dataset: int = 0  # its number, where several are mixed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """n samples. What is missing is zero in the tensors, false in every mask.
 
-    keys: of the samples. ids: their index in the dataset split; equal ids are the same sample. epochs: in which each
-    is seen. present: which rows have the modality. inputs: by modality and name,
+    keys: of the samples, unique in one dataset. ids: their index in the dataset split, or in all that are mixed, one
+    after the other; equal ids are the same sample. epochs: of its dataset, in which each is seen. present: which
+    rows have the modality. inputs: by modality and name,
 
         video   frames uint8 [n, T, H, W, 3] RGB    frame_mask bool [n, T]
         audio   waveform int16 [n, S] mono          num_samples int64 [n], the valid length of each row

@@ -9,7 +9,7 @@ from data_pipeline.settings import UserError
 from data_pipeline.shards import ShardedDataset
 from pretrain.config import DataConfig, TowersConfig
 from pretrain.data.batch import Batch
-from pretrain.data.order import SampleOrder
+from pretrain.data.mixture import Mixture
 from pretrain.data.reader import BatchReader
 from pretrain.data.workers import BatchStream
 
@@ -17,8 +17,8 @@ from pretrain.data.workers import BatchStream
 class TrainLoader:
     """This rank's rows of the global batches of a run, for ever; close it to end its processes.
 
-    The batch at a position is a function of dataset, seed and global batch size: of neither rank count nor workers
-    nor what was read before.
+    The batch at a position is a function of datasets, weights, seed and global batch size: of neither rank count nor
+    workers nor what was read before.
 
     Args:
         global_batch: samples of one step over all `world` ranks.
@@ -30,7 +30,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        dataset: ShardedDataset,
+        dataset: ShardedDataset | Mixture,
         data: DataConfig,
         towers: TowersConfig,
         *,
@@ -46,9 +46,10 @@ class TrainLoader:
                 f"train.global_batch {global_batch} is not divisible by {world} ranks; nearest: "
                 + (f"{below} or {below + world}" if below else str(world))
             )
-        _check_not_empty(dataset)
-        self._order = SampleOrder(dataset.shard_sizes, seed, data.block_shards)
-        self._reader = BatchReader(dataset, towers, data.window_s, data.augment, seed)
+        mixture = dataset if isinstance(dataset, Mixture) else Mixture([dataset])
+        self._names = mixture.names
+        self._order = mixture.order(seed, data.block_shards)
+        self._reader = BatchReader(mixture, towers, data.window_s, data.augment, seed)
         self._global_batch = global_batch
         self._rows = (rank * global_batch // world, (rank + 1) * global_batch // world)
         positions = count(start_position, global_batch)
@@ -56,6 +57,12 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return self._stream
+
+    def epochs_at(self, position: int) -> dict[str, float]:
+        """Epochs of each dataset before `position`, as metrics: "epoch", or "epoch/NAME" where there are several."""
+        epochs = self._order.epochs_at(position)
+        names = ["epoch"] if len(epochs) == 1 else [f"epoch/{name}" for name in self._names]
+        return dict(zip(names, epochs, strict=True))
 
     def close(self) -> None:
         """End the worker processes."""
@@ -91,7 +98,8 @@ class EvalLoader:
         world: int = 1,
         max_samples: int | None = None,
     ) -> None:
-        _check_not_empty(dataset)
+        if not len(dataset):
+            raise UserError(f"dataset {dataset.location}: split '{dataset.split}' has no samples")
         total = len(dataset) if max_samples is None else min(len(dataset), max_samples)
         self._batch_size = batch_size
         self._stop = (rank + 1) * total // world
@@ -123,8 +131,3 @@ class EvalLoader:
     def _read(self, position: int, check: Callable[[], None]) -> Batch:
         stop = min(position + self._batch_size, self._stop)
         return self._reader.read(range(position, stop), [0] * (stop - position), position, stop, check)
-
-
-def _check_not_empty(dataset: ShardedDataset) -> None:
-    if not len(dataset):
-        raise UserError(f"dataset {dataset.folder}: split '{dataset.split}' has no samples")

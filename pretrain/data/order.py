@@ -35,14 +35,15 @@ class SampleOrder:
         seed: of the run.
         block_shards: samples move at most as far as a block of this many shards reaches, so that the rows of
             neighbouring batches come from few shards.
+        dataset: its number among several that are mixed: alike in size, they are not shuffled alike.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, block_shards: int) -> None:
+    def __init__(self, shard_sizes: Sequence[int], seed: int, block_shards: int, dataset: int = 0) -> None:
         assert sum(shard_sizes) > 0, "there is no order of no samples"
         self.num_samples = sum(shard_sizes)
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
-        self._seed = seed
+        self._key: tuple[int | str, ...] = (seed,) if dataset == 0 else (seed, "dataset", dataset)
         self._block_shards = block_shards
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
         self._block = lru_cache(maxsize=2)(self._draw_block)
@@ -69,7 +70,7 @@ class SampleOrder:
 
     def _draw_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The permuted shards of an epoch, and the offset in the epoch at which each block ends."""
-        shards = permutation(len(self._sizes), "shards", self._seed, epoch)
+        shards = permutation(len(self._sizes), "shards", *self._key, epoch)
         last_of_block = np.arange(self._block_shards, len(shards) + self._block_shards, self._block_shards) - 1
         ends = np.cumsum(self._sizes[shards])
         return shards, ends[np.minimum(last_of_block, len(shards) - 1)]
@@ -79,4 +80,4 @@ class SampleOrder:
         shards, _ = self._epoch(epoch)
         chosen = shards[number * self._block_shards : (number + 1) * self._block_shards]
         indices = np.concatenate([np.arange(self._sizes[s], dtype=np.int64) + self._starts[s] for s in chosen])
-        return indices[permutation(len(indices), "samples", self._seed, epoch, number)]
+        return indices[permutation(len(indices), "samples", *self._key, epoch, number)]

@@ -13,6 +13,7 @@ from data_pipeline.decode import UndecodableMedia
 from data_pipeline.shards import DamagedMember, ShardedDataset
 from pretrain.config import AugmentConfig, TowersConfig
 from pretrain.data.batch import Batch, LoadEvent
+from pretrain.data.mixture import Mixture
 from pretrain.data.tokenize import Tokenizer
 from pretrain.data.transforms import (
     Augmentation,
@@ -43,9 +44,14 @@ class BatchReader:
     """
 
     def __init__(
-        self, dataset: ShardedDataset, towers: TowersConfig, window_s: float, augment: AugmentConfig | None, seed: int
+        self,
+        dataset: ShardedDataset | Mixture,
+        towers: TowersConfig,
+        window_s: float,
+        augment: AugmentConfig | None,
+        seed: int,
     ) -> None:
-        self.dataset = dataset
+        self.dataset = dataset if isinstance(dataset, Mixture) else Mixture([dataset])
         self._towers = towers
         self._window_s = window_s
         self._augment = augment
@@ -66,6 +72,7 @@ class BatchReader:
         present = {name: np.zeros(len(indices), dtype=np.bool_) for name in arrays}
         keys: list[str] = []
         events: list[LoadEvent] = []
+        self.dataset.expect(indices)
         for place, (index, epoch) in enumerate(zip(indices, epochs, strict=True)):
             if check is not None:
                 check()
@@ -74,7 +81,7 @@ class BatchReader:
             try:
                 values, problems = self._sample(index, row, epoch)
             except Exception as error:
-                error.add_note(f"while loading sample {row['key']} of {self.dataset.folder}")
+                error.add_note(f"while loading sample {row['key']} of {self.dataset.location_of(index)}")
                 raise
             events += problems
             for modality, parts in values.items():
@@ -108,7 +115,9 @@ class BatchReader:
                     read = self._video if modality == "video" else self._audio
                     found = None if data is None else read(data, row, start_s, how)
             except (DamagedMember, UndecodableMedia) as error:
-                events.append(LoadEvent(key=key, modality=modality, reason=f"{type(error).__name__}: {error}"))
+                (number,) = self.dataset.numbers([index])
+                reason = f"{type(error).__name__}: {error}"
+                events.append(LoadEvent(key=key, modality=modality, reason=reason, dataset=number))
                 continue
             if found is not None:
                 values[modality] = found

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data_pipeline.settings import UserError
 from pretrain.data.batch import Batch
 from pretrain.data.reader import BatchReader
 
@@ -31,13 +32,16 @@ class LoaderClosed(Exception):
     """Ends a worker's current batch when nobody waits for it any more."""
 
 
-class _Positions(Dataset[Batch]):
+class _Positions(Dataset[Batch | UserError]):
     def __init__(self, read: ReadAt, stop: mmap.mmap) -> None:
         self._read = read
         self._stop = stop
 
-    def __getitem__(self, position: int) -> Batch:
-        return self._read(position, self._check)
+    def __getitem__(self, position: int) -> Batch | UserError:
+        try:
+            return self._read(position, self._check)
+        except UserError as error:  # handed over as it is: torch would wrap its one line into a traceback
+            return error
 
     def _check(self) -> None:
         if self._stop[0]:
@@ -51,7 +55,7 @@ class BatchStream:
     group leaves them alone, so that the trainer can finish its step; they end with `close`, or with their parent.
 
     Raises (while iterating):
-        RuntimeError: a worker died; its pid and how.
+        RuntimeError: a worker died; its pid and how. UserError: a shard cannot be fetched.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class BatchStream:
         self._stop = mmap.mmap(-1, 1)  # one byte shared with the workers; a lock could be held by one that died
         self._num_workers = num_workers
         self._running: Any = None
-        self._loader: DataLoader[Batch] = DataLoader(
+        self._loader: DataLoader[Batch | UserError] = DataLoader(
             _Positions(read, self._stop),
             batch_size=None,
             sampler=positions,
@@ -85,6 +89,8 @@ class BatchStream:
             batch = next(self._running)
         except (OSError, EOFError) as error:  # also what a pipe says whose other end is gone, before the process is
             raise self._death() or error from error
+        if isinstance(batch, UserError):
+            raise batch
         assert isinstance(batch, Batch)
         return batch
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.settings import UserError, load_settings
-from data_pipeline.shards import ShardedDataset, write_json
+from data_pipeline.shards import ShardedDataset, is_url, join_location, write_json
 from pretrain.config import AudioTowerConfig, AugmentConfig, RunConfig, TextTowerConfig, TowersConfig, VideoTowerConfig
 from pretrain.inspection.statistics import DatasetStatistics, SplitStatistics, Spread, describe_dataset
 
@@ -20,13 +20,15 @@ MAX_CAPTIONED = 2000  # samples whose captions are tokenized
 
 
 def inspect(
-    dataset: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that 'parallelotope shard' wrote.")],
+    dataset: Annotated[str, typer.Argument(metavar="DIR", help="What 'parallelotope shard' wrote: a folder or URL.")],
     config: Annotated[Path | None, typer.Option(help="A pretrain YAML: see samples as its model will.")] = None,
     split: Annotated[str | None, typer.Option(help="Of the pictures; default: the first.")] = None,
     sheet: Annotated[int, typer.Option(min=1, max=200, help="Samples on the contact sheet.")] = 24,
     samples: Annotated[int, typer.Option(min=0, max=50, help="Samples drawn with all the model sees.")] = 3,
     augment: Annotated[bool, typer.Option(help="Draw them as in the first epoch of training.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; default: DIR/inspection.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures; default: DIR/inspection; of a URL, ./inspection.")
+    ] = None,
 ) -> None:
     """Counts, durations, coverage, captions and rejects; a contact sheet; samples as the model sees them."""
     statistics = describe_dataset(dataset)
@@ -35,7 +37,7 @@ def inspect(
         raise UserError(f"dataset {dataset}: no sample in any split; see the rejects above for the reasons")
     chosen = ShardedDataset(dataset, split or statistics.splits[0].split)
     settings = load_settings(RunConfig, config, []) if config is not None else None
-    folder = out or dataset / "inspection"
+    folder = out or Path("." if is_url(dataset) else dataset, "inspection")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -97,7 +99,7 @@ def default_towers() -> TowersConfig:
     return TowersConfig(video=VideoTowerConfig(), audio=AudioTowerConfig(), text=TextTowerConfig())
 
 
-def print_statistics(statistics: DatasetStatistics, dataset: Path) -> None:
+def print_statistics(statistics: DatasetStatistics, dataset: str) -> None:
     """Tables on the terminal."""
     console = Console()
     if statistics.splits:
@@ -109,7 +111,9 @@ def print_statistics(statistics: DatasetStatistics, dataset: Path) -> None:
     if not statistics.rejects:
         console.print("rejects: none\n", highlight=False)
         return
-    table = _table(f"rejects ({dataset / 'rejects.parquet'})", ["reason", "rows or clips", "splits", "for example"])
+    table = _table(
+        f"rejects ({join_location(dataset, 'rejects.parquet')})", ["reason", "rows or clips", "splits", "for example"]
+    )
     for reject in statistics.rejects:
         splits = ", ".join(f"{name} {count}" for name, count in reject.by_split.items())
         table.add_row(reject.reason, str(reject.num_rejects), splits, reject.examples[0])

@@ -32,7 +32,7 @@ def draw_contact_sheet(
     tile_height = PICTURE_PX + SOUND_PX + TEXT_PX
     width = GAP_PX + columns * (TILE_PX + GAP_PX)
     sheet = Image.new("RGB", (width, TITLE_PX + GAP_PX + rows * (tile_height + GAP_PX)), PAPER)
-    title = f"{dataset.folder.name}, split {dataset.split}: {len(positions)} of {len(dataset):,} samples"
+    title = f"{dataset.name}, split {dataset.split}: {len(positions)} of {len(dataset):,} samples"
     write(sheet, (GAP_PX, 12), title, 16, width - 2 * GAP_PX)
     problems: list[str] = []
     for place, position in enumerate(positions):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline.shards import ShardedDataset
+from data_pipeline.shards import ShardedDataset, read_file
 
 NUM_EXAMPLES = 3  # of rejected rows, a reason
 
@@ -86,16 +86,16 @@ class DatasetStatistics:
         return asdict(self)
 
 
-def describe_dataset(folder: Path) -> DatasetStatistics:
-    """Statistics of a dataset folder.
+def describe_dataset(location: Path | str) -> DatasetStatistics:
+    """Statistics of a dataset in a folder or below a URL.
 
     Raises:
         UserError: no finished dataset there.
     """
-    dataset = ShardedDataset(folder)
+    dataset = ShardedDataset(location)
     names = list(dict.fromkeys(shard.split for shard in dataset.shards))
     splits = [describe_split(name, dataset.index.filter(pc.equal(dataset.index["split"], name))) for name in names]
-    return DatasetStatistics(splits=tuple(splits), rejects=tuple(_rejects(folder / "rejects.parquet")))
+    return DatasetStatistics(splits=tuple(splits), rejects=tuple(_rejects(location)))
 
 
 def describe_split(name: str, index: pa.Table) -> SplitStatistics:
@@ -143,10 +143,12 @@ def _count(mask: pa.ChunkedArray | pa.Array) -> int:
     return int(pc.sum(mask).as_py() or 0)
 
 
-def _rejects(path: Path) -> Iterator[RejectStatistics]:
-    if not path.is_file():
+def _rejects(location: Path | str) -> Iterator[RejectStatistics]:
+    try:
+        data = read_file(location, "rejects.parquet")
+    except FileNotFoundError:
         return
-    rows = pq.read_table(path).to_pylist()
+    rows = pq.read_table(pa.BufferReader(data)).to_pylist()
     for reason, _ in Counter(row["reason"] for row in rows).most_common():
         own = [row for row in rows if row["reason"] == reason]
         yield RejectStatistics(

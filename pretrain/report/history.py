@@ -19,7 +19,7 @@ from pretrain.run_log import METRICS, STAGES, VALIDATION, read_lines
 
 NO_TERMS = (  # metrics that are no term of the loss
     "position", "data_problems", "skipped", "samples_per_s", "lr", "grad_norm", "loss", "time_s/", "temperature/",
-    "num_samples/", "positive_cosine/",
+    "num_samples/", "positive_cosine/", "epoch",
 )  # fmt: skip
 MAX_POINTS = 600  # of a curve
 MAX_BARS = 60  # of the time split

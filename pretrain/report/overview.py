@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.config import TrainSplit
 from pretrain.evaluate import anchor_of, own_score
 from pretrain.report import figures
 from pretrain.report.figures import SCORE_NAMES
@@ -101,7 +102,7 @@ def facts(run: RunHistory) -> list[tuple[str, str]]:
         ("steps", f"{run.step:,} of {num_steps:,}"),
         ("time in steps", duration(sum(run.stage_s.values(), start=0.0))),
         ("objective", " + ".join(_objective(part) for part in config.objective)),
-        ("training data", _data(train.path, train.split, known.num_train_samples if known else None)),
+        ("training data", _train_data(train, known.num_train_samples if known else None)),
     ]
     if validation is not None:
         count = known.num_validation_samples if known else None
@@ -129,6 +130,11 @@ def _objective(part: Any) -> str:
 
 def _parts(towers: Sequence[str], parameters: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {large(parameters[name])}" for name in towers if name in parameters)
+
+
+def _train_data(parts: Sequence[TrainSplit], count: int | None) -> str:
+    weighted = [f"{p.path}, {p.split}" + ("" if p.weight is None else f" (weight {p.weight:g})") for p in parts]
+    return "; ".join(weighted) + ("" if count is None else f": {count:,} samples")
 
 
 def _data(path: str, split: str, count: int | None) -> str:

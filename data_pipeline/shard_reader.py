@@ -1,0 +1,185 @@
+"""Reading a finished dataset: its description, its index, and single members of its shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.location import dataset_name, is_url
+from data_pipeline.settings import UserError, nearest
+from data_pipeline.shard_cache import ShardCache
+from data_pipeline.shard_schema import INDEX_SCHEMA, SCHEMA_VERSION, DamagedMember, ShardInfo
+from data_pipeline.shard_store import NUM_CONNECTIONS, open_files
+
+
+def read_file(location: Path | str, name: str) -> bytes:
+    """A small file of a dataset in a folder or below a URL.
+
+    Raises:
+        UserError: no such folder, or a store that does not answer. FileNotFoundError: no such file there.
+    """
+    return open_files(location, None).read(name)
+
+
+def read_dataset_json(location: Path | str) -> dict[str, Any]:
+    """The parsed `dataset.json` of a finished dataset in a folder or below a URL.
+
+    Raises:
+        UserError: nothing there, no dataset in it, or a schema version this version does not read.
+    """
+    try:
+        text = read_file(location, "dataset.json")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"dataset {location}: no dataset.json: sharding has not finished; run 'parallelotope shard'"
+        ) from error
+    try:
+        info = json.loads(text)
+        version = info["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"dataset {location}: dataset.json is not a dataset description ({error})") from error
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"dataset {location}: schema version {version} found, {SCHEMA_VERSION} expected: shard it again"
+        )
+    assert isinstance(info, dict)
+    return info
+
+
+def shards_of(location: Path | str, split: str | None) -> list[ShardInfo]:
+    """The shards of a split (None: of all) as `dataset.json` has them now.
+
+    Raises:
+        UserError: as `read_dataset_json`, or there is no such split.
+    """
+    shards = [ShardInfo(**shard) for shard in read_dataset_json(location)["shards"]]
+    splits = {shard.split for shard in shards}
+    if split is not None and split not in splits:
+        raise UserError(f"dataset {location}: no split '{split}'; {nearest(split, splits)}")
+    return [shard for shard in shards if split is None or shard.split == split]
+
+
+def shards_digest(shards: Iterable[ShardInfo]) -> str:
+    """A short hash of shards' contents and order: equal digests, equal samples at equal positions."""
+    text = "\n".join(f"{shard.split} {shard.sha256} {shard.index_sha256}" for shard in shards)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class ShardedDataset:
+    """The samples of one split, by position: `index` is a table with a row a sample in shard order.
+
+    Args:
+        location: a dataset folder, or its fsspec URL.
+        split: the split to read; None for all.
+        shards: these, in this order, whatever the dataset holds by now; None: those it holds now.
+        cache: for local copies of a URL's files; None: one in the user's cache folder.
+        max_open_files: tars held open at once.
+
+    Raises:
+        UserError: no dataset, another schema version, no such split, or files that cannot be had from their store.
+    """
+
+    def __init__(
+        self,
+        location: Path | str,
+        split: str | None = None,
+        *,
+        shards: Sequence[ShardInfo] | None = None,
+        cache: ShardCache | None = None,
+        max_open_files: int = 64,
+    ) -> None:
+        self.location = str(location)
+        self.split = split
+        self.shards = shards_of(location, split) if shards is None else list(shards)
+        self.shard_sizes = [shard.num_samples for shard in self.shards]
+        self._files = open_files(location, cache)
+        tables = [pq.read_table(path, schema=INDEX_SCHEMA) for path in self._files.indices(self.shards)]
+        self.index: pa.Table = pa.concat_tables(tables).combine_chunks() if tables else INDEX_SCHEMA.empty_table()
+        self._shard_ends = list(accumulate(self.shard_sizes))
+        self._max_open_files = max_open_files
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._expected: list[int] = []
+
+    def __len__(self) -> int:
+        return int(self.index.num_rows)
+
+    @property
+    def name(self) -> str:
+        """The last part of the location."""
+        return dataset_name(self.location)
+
+    @property
+    def absolute_location(self) -> str:
+        """The location, independent of the current folder."""
+        return self.location if is_url(self.location) else str(Path(self.location).resolve())
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether tars are fetched before they are read."""
+        return self._files.is_remote
+
+    @property
+    def digest(self) -> str:
+        """`shards_digest` of this split."""
+        return shards_digest(self.shards)
+
+    def row(self, position: int) -> dict[str, Any]:
+        """The index row of the sample at `position`, a plain dict of the columns of `INDEX_SCHEMA`."""
+        row = self.index.slice(position, 1).to_pylist()[0]
+        assert isinstance(row, dict)
+        return row
+
+    def expect(self, positions: Iterable[int]) -> None:
+        """Say which samples are read next, in this order: their shards are then fetched several at a time."""
+        if self._files.is_remote:
+            self._expected = list(dict.fromkeys(self._shard_of(position) for position in positions))
+
+    def read_member(self, position: int, slot: str, row: dict[str, Any] | None = None) -> bytes | None:
+        """The bytes of a sample's member in `slot`; None when the sample has none.
+
+        Raises:
+            DamagedMember: the file cannot be read, is too short, or the bytes fail their checksum.
+            ShardUnavailable: the shard cannot be fetched.
+        """
+        row = self.row(position) if row is None else row
+        if row[f"{slot}_ext"] is None:
+            return None
+        shard = self._shard_of(position)
+        try:
+            data = os.pread(self._descriptor(shard), row[f"{slot}_bytes"], row[f"{slot}_offset"])
+        except OSError as error:
+            raise DamagedMember(f"{self.shards[shard].path}: {error.strerror}") from error
+        if zlib.crc32(data) != row[f"{slot}_crc32"]:
+            raise DamagedMember(f"{self.shards[shard].path}: checksum of {row['key']}.{row[f'{slot}_ext']} differs")
+        return data
+
+    def _shard_of(self, position: int) -> int:
+        return bisect_right(self._shard_ends, position)
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        if len(self._open) >= self._max_open_files:
+            os.close(self._open.popitem(last=False)[1])
+        if shard in self._expected:
+            following = self._expected[self._expected.index(shard) :]
+            self._files.fetch([self.shards[s] for s in following[:NUM_CONNECTIONS] if s not in self._open])
+        self._open[shard] = self._files.open(self.shards[shard])
+        return self._open[shard]
+
+    def close(self) -> None:
+        """Close the open tars."""
+        while self._open:
+            os.close(self._open.popitem()[1])
