@@ -68,6 +68,7 @@ def record_failure(run: Path, failure: Failure) -> None:
         partial.write_text(json.dumps(asdict(failure)), encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
+        path.with_name(f".{path.name}.partial").unlink(missing_ok=True)  # a full disk takes its name, and no more
         print(f"{path}: cannot be written: {error.strerror}", file=sys.stderr)
 
 

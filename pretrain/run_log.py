@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.settings import UserError
 from pretrain.data.batch import Batch
 
 METRICS = "metrics.jsonl"
@@ -169,10 +170,19 @@ class RunLog:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line; a line is written whole by one call."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n")
+    """Append one JSON line; a line is written whole by one call.
+
+    Raises:
+        UserError: it cannot be written. A resumed run drops what there is of it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; checkpoints are whole, the same command goes on from them"
+        ) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

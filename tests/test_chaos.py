@@ -1,0 +1,14 @@
+"""A short form of `make chaos`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import chaos
+
+
+@pytest.mark.slow
+def test_killed_runs_are_those_left_alone(tmp_path: Path) -> None:
+    assert chaos.main(["--kills", "8", "--seed", "3", "--folder", str(tmp_path)]) == 0
