@@ -364,6 +364,7 @@ def a_folder(parent: Path | None) -> Iterator[tuple[Path, bool]]:
 def page(chaos: Chaos, seed: int, seconds: float) -> str:
     """The page in docs/."""
     same = sum(kill.series == SERIES[0].name for kill in chaos.kills)
+    other = len(chaos.kills) - same
     curve, weights = (chaos.numbers.get(name, 0.0) for name in ("loss", "weights"))
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, gloo"
     text = f"""# Chaos
@@ -377,7 +378,7 @@ inside a batch. After every kill no process was left, the newest checkpoint was 
 
 - **Same topology** ({SAME}; AdamW, dropout), {same} kills: weights, moments, every logged
   number but times, and sample ids are bitwise those of a run left alone.
-- **Other topologies** (1, 2 or 4 ranks, ZeRO 0 to 3, other chunks at every start; SGD), {len(chaos.kills) - same} kills:
+- **Other topologies** (1, 2 or 4 ranks, ZeRO 0 to 3, other chunks at every start; SGD), {other} kills:
   the same samples in the same order; losses at most {curve:.1e} (relative) and final weights {weights:.1e} (norm of the
   difference over the norm) from one process left alone.
 - Every sample of every epoch was drawn exactly once in each of them.

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from data_pipeline.settings import UserError, load_settings
+from pretrain.checkpoint import FORMAT_VERSION
 from pretrain.config import RunConfig
 from pretrain.memory import out_of_memory_said
 from tests.test_resume import write_config
@@ -125,7 +126,10 @@ def test_unknown_command_and_missing_run() -> None:
 
 def test_an_old_checkpoint_is_refused_not_misread(tmp_path: Path, trained_run: Path, small_dataset: Path) -> None:
     for change_of, said in (
-        (lambda d: d.update(format_version=1), "format version 1 found, 2 expected: use the version of parallelotope"),
+        (
+            lambda d: d.update(format_version=1),
+            f"format version 1 found, {FORMAT_VERSION} expected: use the version of parallelotope",
+        ),
         (lambda d: d["identity"].update(tokenizer="0123456789abcdef"), "was trained with another tokenizer: 'default'"),
     ):
         run = tmp_path / said[:6]
