@@ -55,6 +55,7 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
+            "memory_efficient_linear": True,
             **offload,
         },
         "communication_data_type": "fp32",
@@ -283,6 +284,10 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+        if self._stage == 3:  # it replaced torch's linear map for the whole process; in bf16 its own rounds otherwise
+            from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replaced
+
+            torch.nn.functional.linear = Replaced.linear_bk
 
 
 def prepare_environment() -> None:

@@ -186,6 +186,19 @@ def check_misuse(world: World, argument: Any) -> dict[str, float]:
     return {"refused": refused, **errors}
 
 
+def check_linear(world: World, argument: Any) -> dict[str, bool]:
+    """Whether torch's linear map was replaced while a ZeRO-3 engine lived, and is back afterwards."""
+    linear = nn.functional.linear
+    engine, _, _ = make(3, 0.5, world)
+    replaced = nn.functional.linear is not linear
+    engine.close()
+    return {"replaced": replaced, "restored": nn.functional.linear is linear}
+
+
+def test_a_closed_zero3_engine_leaves_torch_as_it_was(tmp_path: Path) -> None:
+    assert run_ranks("tests.test_engine:check_linear", 1, tmp_path) == [{"replaced": True, "restored": True}]
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_every_stage_equals_torch_on_the_full_batch(tmp_path: Path, size: int) -> None:
     for rank in run_ranks("tests.test_engine:check_stages", size, tmp_path):

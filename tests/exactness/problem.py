@@ -71,7 +71,7 @@ def run_config(cell: Cell, folder: Path) -> RunConfig:
 
 def read_batches(config: RunConfig, masks: Masks, world: World) -> list[Batch]:
     """This rank's rows of five consecutive global batches, as the loader reads and augments them."""
-    dataset = ShardedDataset(config.data.train.path, config.data.train.split)
+    dataset = ShardedDataset(config.data.train[0].path, config.data.train[0].split)
     loader = TrainLoader(
         dataset, config.data, config.towers, global_batch=GLOBAL_BATCH, seed=config.seed, rank=world.rank,
         world=world.size, start_position=POSITION,

@@ -62,10 +62,12 @@ nearly all of the difference) rounding errors move the weight; it has no effect 
 losses, or with SGD.""",
     BF16: """\
 Encoders under bf16 autocast; master weights, projections, temperatures, the objective and sums of gradients stay fp32.
-Only the number of reductions is held to a limit. A gradient of a weight leaves a chunk's backward pass as bf16, with 8
-significant bits (2^-9 = 2e-3), and chunks are added in fp32: cutting a batch changes these roundings, with or without
-this project (see *Torch alone*), and all topologies are about as far from one process as bf16 is coarse. Against fp32
-the difference is that of bf16 itself: the same for every topology.""",
+GRAM, ragged masks. Only the number of reductions is held to a limit. One rank and one chunk under ZeRO 0 to 2 are the
+single process itself. A gradient of a weight leaves a chunk's backward pass as bf16, with 8 significant bits (2^-9 =
+2e-3), and chunks are added in fp32: cutting a batch changes these roundings, with or without this project (see *Torch
+alone*). ZeRO-3 runs DeepSpeed's own linear map, which keeps no gathered weights and rounds otherwise. So topologies are
+about as far from each other as bf16 is coarse, and against fp32 the difference is that of bf16 itself, whatever the
+topology.""",
     PLAIN: """\
 How exact the arithmetic is: one process, no gradient cache, no DeepSpeed, plain autograd in one graph; its towers see
 the batch in chunks, or it is compared with float64 (spectrograms included). No limit belongs to these rows. The same
