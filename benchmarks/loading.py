@@ -3,12 +3,13 @@
     python -m benchmarks.loading            # writes benchmarks/loading.md
     python -m benchmarks.loading --num-samples 130 --repeats 1 --out /tmp/loading.md     # a quick look
 
-Every measurement is a process of its own; repetitions are interleaved over the loaders.
+Every round of a loader is a process of its own; rounds are interleaved over the loaders.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -22,14 +23,15 @@ from typing import Any
 from rich.progress import Progress
 
 from benchmarks.loading_page import Results, write_page
-from benchmarks.loading_trial import CONTENDERS
+from benchmarks.loading_trial import CONTENDERS, FROM_STOP
 
 STEPS = (10, 1_000, 100_000)
 REPLAYED_STEPS = (10, 1_000)  # by loaders without state; the rest is extrapolated
-SCENARIOS = ((1, None), (2, None), (1, 1), (2, 2), (2, 1), (1, 2))  # ranks until the stop, and after it
 REPLAYING = "webdataset"  # has no state
 RESAMPLED = "webdataset, resampled"
 TIMEOUT_S = 300
+Task = dict[str, Any]
+Answer = dict[str, Any]
 
 
 class Bench:
@@ -39,160 +41,177 @@ class Bench:
         self._folder = folder
         self._arguments = arguments
 
-    def setting(self, name: str, mode: str = "raw", world: int = 1) -> dict[str, Any]:
-        """A trial's `Setting` as JSON."""
-        stored = REPLAYING if name == RESAMPLED else name
-        return {
-            "folder": str(self._folder / stored),
-            "mode": mode,
+    def trial(self, name: str, tasks: list[Task], world: int = 1) -> list[list[Answer]]:
+        """For each task the answers of all ranks; one that failed or hung has the key `error`."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as answers:
+            outs = [Path(answers) / f"{rank}.json" for rank in range(world)]
+            port = free_port()
+            processes = [self._start(name, tasks, rank, world, port, out) for rank, out in enumerate(outs)]
+            error = "the process failed"
+            for process in processes:
+                try:
+                    process.wait(TIMEOUT_S)
+                except subprocess.TimeoutExpired:
+                    error = f"hung for {TIMEOUT_S} s"
+            for process in processes:
+                process.kill()
+                process.wait()
+            found = [json.loads(out.read_text(encoding="utf-8")) if out.is_file() else [] for out in outs]
+        missing = {"error": error}
+        return [[rank[number] if number < len(rank) else missing for rank in found] for number in range(len(tasks))]
+
+    def _start(
+        self, name: str, tasks: list[Task], rank: int, world: int, port: int, out: Path
+    ) -> subprocess.Popen[bytes]:
+        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOBAL_RANK": str(rank)}
+        environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        setting = {
+            "folder": str(self._folder / (REPLAYING if name == RESAMPLED else name)),
             "num_samples": self._arguments.num_samples,
             "global_batch": self._arguments.global_batch,
             "num_workers": self._arguments.num_workers,
+            "rank": rank,
             "world": world,
         }
-
-    def trial(self, name: str, task: dict[str, Any], setting: dict[str, Any]) -> list[dict[str, Any]]:
-        """The answers of all ranks.
-
-        Raises:
-            RuntimeError: a rank failed or took too long; its last line.
-        """
-        world = setting["world"]
-        with tempfile.TemporaryDirectory(dir=self._folder) as answers, socket.socket() as reserved:
-            reserved.bind(("127.0.0.1", 0))
-            port = reserved.getsockname()[1]
-            reserved.close()
-            outs = [Path(answers) / f"{rank}.json" for rank in range(world)]
-            processes = [self._start(name, task, setting, rank, port, outs[rank]) for rank in range(world)]
-            try:
-                for process in processes:
-                    _, errors = process.communicate(timeout=TIMEOUT_S)
-                    if process.returncode:
-                        raise RuntimeError((errors.strip().splitlines() or ["no message"])[-1])
-            except subprocess.TimeoutExpired as error:
-                raise RuntimeError(f"hung for {TIMEOUT_S} s") from error
-            finally:
-                for process in processes:
-                    process.kill()
-            return [json.loads(out.read_text(encoding="utf-8")) for out in outs]
-
-    def _start(
-        self, name: str, task: dict[str, Any], setting: dict[str, Any], rank: int, port: int, out: Path
-    ) -> subprocess.Popen[str]:
-        world = str(setting["world"])
-        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOBAL_RANK": str(rank)}
-        environment |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        request = {"contender": name, "task": task, "setting": {**setting, "rank": rank}, "out": str(out)}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.loading_trial"],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
+        request = {"contender": name, "tasks": tasks, "setting": setting, "out": str(out)}
+        command = [sys.executable, "-m", "benchmarks.loading_trial"]
+        with open(self._folder / "trials.log", "ab") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
         assert process.stdin is not None
-        process.stdin.write(json.dumps(request))
+        process.stdin.write(json.dumps(request).encode())
         process.stdin.close()
-        process.stdin = None  # communicate would flush it
         return process
 
-    def check_tensors(self, names: list[str]) -> None:
-        """All loaders must decode every sample to the same tensors, or their speeds say nothing."""
-        task = {"name": "first_tensors", "num_batches": 8}
-        found: dict[str, Any] = {}
-        for name in names:
-            for key, sums in self.trial(name, task, self.setting(name, "decoded"))[0].items():
-                if found.setdefault(key, sums) != sums:
-                    raise RuntimeError(f"{name} decodes {key} differently: {sums}, others {found[key]}")
-
-    def resume_s(self, name: str) -> dict[str, float]:
-        """Seconds by step; what was not measured is a line through two steps."""
+    def round(self, name: str) -> tuple[Answer, Answer, dict[int, float]]:
+        """Speed raw and decoded, and seconds to resume by step; what is not replayed is on a line through two steps."""
         steps = REPLAYED_STEPS if name == REPLAYING else STEPS
-        found = self.trial(name, {"name": "resume", "steps": steps}, self.setting(name))[0]
+        batches = self._arguments.num_batches
+        tasks: list[Task] = [
+            {"name": "speed", "num_batches": batches, "mode": "raw"},
+            {"name": "speed", "num_batches": max(1, batches // 4), "mode": "decoded"},
+            {"name": "resume", "steps": steps},
+        ]
+        raw, decoded, seconds = (answers[0] for answers in self.trial(name, tasks))
+        for answer in (raw, decoded, seconds):
+            if "error" in answer:
+                raise RuntimeError(f"{name}: {answer['error']}")
+        found = {int(step): value for step, value in seconds.items()}
         if name == REPLAYING:
-            (low, low_s), (high, high_s) = ((step, found[str(step)]) for step in REPLAYED_STEPS)
-            found[str(STEPS[-1])] = high_s + (high_s - low_s) / (high - low) * (STEPS[-1] - high)
-        return found
+            low, high = REPLAYED_STEPS
+            found[STEPS[-1]] = found[high] + (found[high] - found[low]) / (high - low) * (STEPS[-1] - high)
+        return raw, decoded, found
 
-    def seen(self, name: str, before: int, after: int | None) -> list[list[str]]:
-        """The keys of each global batch of an epoch, stopped in its middle on `before` ranks, resumed on `after`."""
-        stop = None if after is None else self._arguments.num_samples // self._arguments.global_batch // 2
-        setting = self.setting(name, world=before)
-        ranks = self.trial(name, {"name": "epoch", "state": None, "stop_after": stop}, setting)
-        batches = _global_batches(ranks)
-        if after is not None:
-            task = {"name": "epoch", "state": ranks[0]["state"], "stop_after": None}
-            batches += _global_batches(self.trial(name, task, self.setting(name, world=after)))
-        return batches
+    def epochs(self, name: str) -> dict[tuple[int, int | None], str]:
+        """What came twice or never in an epoch without a stop, and with one, by ranks before and after it."""
+        stop_after = self._arguments.num_samples // self._arguments.global_batch // 2
+        whole: Task = {"name": "epoch", "state": None, "stop_after": None}
+        stop: Task = {"name": "epoch", "state": None, "stop_after": stop_after}
+        rest: Task = {"name": "epoch", "state": FROM_STOP, "stop_after": None}
+        one = self.trial(name, [whole, stop, rest])
+        two = self.trial(name, [whole, stop, rest, {**rest, "state": one[1][0].get("state")}], world=2)
+        after = self.trial(name, [{**rest, "state": two[1][0].get("state")}])
+        num_samples = self._arguments.num_samples
+        return {
+            (1, None): losses([one[0]], None, num_samples),
+            (2, None): losses([two[0]], None, num_samples),
+            (1, 1): losses([one[1], one[2]], one[0], num_samples),
+            (2, 2): losses([two[1], two[2]], two[0], num_samples),
+            (2, 1): losses([two[1], after[0]], two[0], num_samples),
+            (1, 2): losses([one[1], two[3]], one[0], num_samples),
+        }
 
 
-def _global_batches(ranks: list[dict[str, Any]]) -> list[list[str]]:
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        return int(reserved.getsockname()[1])
+
+
+def global_batches(ranks: list[Answer]) -> list[list[str]]:
+    """The keys of each step over all ranks, sorted: loaders may give a batch's rows to other ranks."""
     steps = max(len(rank["keys"]) for rank in ranks)
-    return [[key for rank in ranks for key in (rank["keys"][step : step + 1] or [[]])[0]] for step in range(steps)]
+    found = [
+        sorted(key for rank in ranks for keys in rank["keys"][step : step + 1] for key in keys) for step in range(steps)
+    ]
+    return [keys for keys in found if keys]
 
 
-def losses(batches: list[list[str]], num_samples: int) -> dict[str, int]:
-    """Samples of an epoch that came again, and those that never came."""
-    counts = Counter(key for batch in batches for key in batch)
-    return {"twice": sum(counts.values()) - len(counts), "missing": num_samples - len(counts)}
+def losses(parts: list[list[Answer]], uninterrupted: list[Answer] | None, num_samples: int) -> str:
+    """How many samples of an epoch came again, how many never, and whether the batches are those without a stop."""
+    for answer in itertools.chain(*parts, uninterrupted or []):
+        if "error" in answer:
+            return f"error: {answer['error']}"
+    batches = [keys for part in parts for keys in global_batches(part)]
+    counts = Counter(key for keys in batches for key in keys)
+    text = f"{sum(counts.values()) - len(counts)} / {num_samples - len(counts)}"
+    if uninterrupted is None:
+        return text
+    return f"{text}, {'same' if batches == global_batches(uninterrupted) else 'other'} batches"
 
 
-def same_order(found: list[list[str]], wanted: list[list[str]]) -> bool:
-    """Whether the global batches hold the same samples, one after the other."""
-    return [sorted(batch) for batch in found if batch] == [sorted(batch) for batch in wanted if batch]
+def check_tensors(found: dict[str, Answer]) -> None:
+    """All loaders must decode a sample to the same tensors, or their speeds say nothing.
+
+    Raises:
+        RuntimeError: they do not; or too few samples were seen by several loaders.
+    """
+    first: Answer = {}
+    num_compared = 0
+    for name, samples in found.items():
+        for key, sums in samples.items():
+            num_compared += key in first
+            if first.setdefault(key, sums) != sums:
+                raise RuntimeError(f"{name} decodes {key} differently: {sums}, others {first[key]}")
+    if not num_compared:
+        raise RuntimeError(f"nothing to compare among {found.keys()}")
 
 
 def measure(bench: Bench, arguments: argparse.Namespace, progress: Progress) -> Results:
     """All trials."""
     names = [name for name in CONTENDERS if name != RESAMPLED]
     results = Results(facts={}, starts_s=defaultdict(list), rates=defaultdict(list), resumes_s=defaultdict(list))
-    total = len(names) * (1 + 3 * arguments.repeats) + len(CONTENDERS) * len(SCENARIOS)
-    bar = progress.add_task("writing", total=total)
+    bar = progress.add_task("writing", total=len(names) * (1 + arguments.repeats) + len(CONTENDERS))
+    tensors = {}
     for name in names:
-        results.facts[name] = bench.trial(name, {"name": "write"}, bench.setting(name))[0]
+        num_batches = arguments.num_samples // arguments.global_batch // 4
+        tasks: list[Task] = [
+            {"name": "write"},
+            {"name": "first_tensors", "num_batches": num_batches, "mode": "decoded"},
+        ]
+        (results.facts[name],), (tensors[name],) = bench.trial(name, tasks)
         progress.advance(bar)
-    bench.check_tensors(names)
-    task = {"name": "speed", "num_batches": arguments.num_batches}
+    check_tensors(tensors)
     for repeat in range(arguments.repeats):
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+        start = repeat % len(names)
+        for name in names[start:] + names[:start]:
             progress.update(bar, description=f"{name}, round {repeat + 1}")
-            for mode in ("raw", "decoded"):
-                answer = bench.trial(name, task, bench.setting(name, mode))[0]
+            raw, decoded, seconds = bench.round(name)
+            for mode, answer in (("raw", raw), ("decoded", decoded)):
                 results.starts_s[name, mode].append(answer["start_s"])
                 results.rates[name, mode].append(answer["samples_per_s"])
-                progress.advance(bar)
-            for step, seconds in bench.resume_s(name).items():
-                results.resumes_s[name, int(step)].append(seconds)
+            for step, value in seconds.items():
+                results.resumes_s[name, step].append(value)
             progress.advance(bar)
     for name in CONTENDERS:
-        whole: dict[int, list[list[str]]] = {}
-        for before, after in SCENARIOS:
-            progress.update(bar, description=f"{name}: {before} -> {after}")
-            results.epochs[name, before, after] = _epoch(bench, arguments.num_samples, whole, name, before, after)
-            progress.advance(bar)
+        progress.update(bar, description=f"{name}, stops")
+        results.epochs |= {(name, *ranks): text for ranks, text in bench.epochs(name).items()}
+        progress.advance(bar)
     return results
-
-
-def _epoch(
-    bench: Bench, num_samples: int, whole: dict[int, list[list[str]]], name: str, before: int, after: int | None
-) -> str:
-    try:
-        batches = bench.seen(name, before, after)
-    except RuntimeError as error:
-        return f"error: {error}"
-    found = losses(batches, num_samples)
-    text = f"{found['twice']} / {found['missing']}"
-    if after is None:
-        whole[before] = batches
-        return text
-    return text + (", same batches" if before in whole and same_order(batches, whole[before]) else ", other batches")
 
 
 def main() -> None:
     """Measure, print, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-samples", type=int, default=1001, help="a number that no batch divides, as in life")
-    parser.add_argument("--global-batch", type=int, default=16)
+    parser.add_argument("--global-batch", type=int, default=8)
     parser.add_argument("--num-workers", type=int, default=2, help="processes a rank")
-    parser.add_argument("--num-batches", type=int, default=150, help="of a measurement of speed")
+    parser.add_argument(
+        "--num-batches", type=int, default=200, help="raw, of a measurement of speed; decoded a quarter"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("loading.md"))
     arguments = parser.parse_args()

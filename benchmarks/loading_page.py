@@ -85,8 +85,9 @@ def write_page(results: Results, arguments: argparse.Namespace, out: Path) -> No
         describe_machine(),
         f"`python -m benchmarks.loading`: {arguments.num_samples} clips of {sample_bytes / 1000:.0f} kB (h264, FLAC, "
         f"JSON) on a local disk, in the page cache; global batch {arguments.global_batch}, {arguments.num_workers} "
-        f"worker processes a rank, 2 batches ahead each; medians of {arguments.repeats} interleaved rounds, each "
-        f"measurement in a fresh process over {arguments.num_batches} batches. Imports are not counted.",
+        f"worker processes a rank, 2 batches ahead each; medians of {arguments.repeats} interleaved rounds, "
+        f"each a fresh process, over {arguments.num_batches} raw and {arguments.num_batches // 4} decoded batches. "
+        "Imports are not counted.",
         "\n".join(f"- **{name}** {facts['version']}: {facts['how']}" for name, facts in results.facts.items()),
         "## Speed",
         "Raw: the bytes of all members, one tensor a batch. Decoded: four frames, 1.5 s of sound and tokens, by the "

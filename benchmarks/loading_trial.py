@@ -1,13 +1,16 @@
-"""One measurement of one loader, in a process of its own: a JSON request on stdin, the answer in a file."""
+"""Measurements of one loader in a process of its own: a JSON request on stdin, the answers in a file."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import torch
 from benchmarks.clips import draw_clips
 from benchmarks.loaders.contender import Contender, Setting
 
+FROM_STOP = "of the stop"  # instead of a state: that of the epoch task that stopped before, in the same request
 CONTENDERS = {
     "parallelotope": "ours:Parallelotope",
     "webdataset": "webdataset_tars:WebDataset",
@@ -74,11 +78,12 @@ def resume(kind: type[Contender], setting: Setting, task: dict[str, Any]) -> dic
 
 def epoch(kind: type[Contender], setting: Setting, task: dict[str, Any]) -> dict[str, Any]:
     """Keys of each batch of the first epoch, from `state` on, up to `stop_after` batches; and the state then."""
-    loader = kind(setting, task["state"])
+    loader = kind(setting, copy.deepcopy(task["state"]))
     with closing(loader):
         batches: Iterator[list[str]] = loader.rest_of_epoch()
         keys = list(islice(batches, task["stop_after"]))
-        return {"keys": keys, "state": loader.state()}
+        state = json.loads(json.dumps(loader.state()))  # some go on writing into theirs
+        return {"keys": keys, "state": state, "stopped": task["stop_after"] is not None}
 
 
 def first_tensors(kind: type[Contender], setting: Setting, task: dict[str, Any]) -> dict[str, Any]:
@@ -93,18 +98,29 @@ def first_tensors(kind: type[Contender], setting: Setting, task: dict[str, Any])
 
 
 def main() -> None:
-    """Run the request."""
+    """Do the tasks of the request, one after the other; one that fails is an error among the answers."""
     request = json.loads(sys.stdin.read())
     setting = Setting(**{**request["setting"], "folder": Path(request["setting"]["folder"])})
     torch.set_num_threads(1)
     if setting.world > 1:
         torch.distributed.init_process_group("gloo", rank=setting.rank, world_size=setting.world)
     kind = contender(request["contender"])
-    tasks = {task.__name__: task for task in (write, speed, resume, epoch, first_tensors)}
-    answer = tasks[request["task"]["name"]](kind, setting, request["task"])
-    Path(request["out"]).write_text(json.dumps(answer), encoding="utf-8")
+    known = {task.__name__: task for task in (write, speed, resume, epoch, first_tensors)}
+    answers: list[dict[str, Any]] = []
+    for task in request["tasks"]:
+        try:
+            if task.get("state") == FROM_STOP:
+                task["state"] = next((answer["state"] for answer in answers if answer.get("stopped")), None)
+                if task["state"] is None:
+                    raise RuntimeError("there is no state to resume from")
+            answers.append(known[task["name"]](kind, replace(setting, mode=task.get("mode", "raw")), task))
+        except Exception as error:  # whatever a library raises is a result
+            traceback.print_exc()
+            answers.append({"error": (str(error).strip() or type(error).__name__).splitlines()[-1][:160]})
+        Path(request["out"]).write_text(json.dumps(answers), encoding="utf-8")  # also what a later hang leaves
+        if setting.world > 1:
+            torch.distributed.barrier()
     if setting.world > 1:
-        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

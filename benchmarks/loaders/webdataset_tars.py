@@ -53,7 +53,9 @@ class WebDataset(Contender):
         urls = sorted(str(path) for path in setting.folder.glob("*.tar"))
         seed = setting.seed + epoch
         if self.resampled:
-            dataset = wds.WebDataset(urls, resampled=True, shardshuffle=False, seed=seed)
+            dataset = wds.WebDataset(
+                urls, resampled=True, shardshuffle=False, nodesplitter=wds.split_by_node, seed=seed
+            )
         else:
             dataset = wds.WebDataset(
                 urls, shardshuffle=len(urls), nodesplitter=wds.split_by_node, seed=seed, empty_check=False
