@@ -203,7 +203,9 @@ def write_page(
         f"turn on the same samples, {arguments.steps} rounds.",
         f"Cached over plain, median of the rounds (range): **{ratio(times, 'whole cpu')}** processor time, "
         f"**{ratio(times, 'whole wall')}** wall time. Theory 1.33, goal at most 1.4. Processor time is what other "
-        "work on the machine disturbs least.",
+        "work on the machine disturbs least. Theory holds where a backward costs two forwards, as for matrix products; "
+        "what a forward alone does (random draws of dropout, spectrograms, conversion of inputs) raises the ratio: it "
+        "is (2 F + B) / (F + B).",
         "## Stages, medians",
         _markdown(titles, time_rows(times)),
         f"## Peak MiB of activations against the local batch ({where})",

@@ -173,7 +173,13 @@ def check_tensors(found: dict[str, Answer]) -> None:
 def measure(bench: Bench, arguments: argparse.Namespace, progress: Progress) -> Results:
     """All trials."""
     names = [name for name in CONTENDERS if name != RESAMPLED]
-    results = Results(facts={}, starts_s=defaultdict(list), rates=defaultdict(list), resumes_s=defaultdict(list))
+    results = Results(
+        facts={},
+        starts_s=defaultdict(list),
+        rates=defaultdict(list),
+        cpus_ms=defaultdict(list),
+        resumes_s=defaultdict(list),
+    )
     bar = progress.add_task("writing", total=len(names) * (1 + arguments.repeats) + len(CONTENDERS))
     tensors = {}
     for name in names:
@@ -193,6 +199,7 @@ def measure(bench: Bench, arguments: argparse.Namespace, progress: Progress) -> 
             for mode, answer in (("raw", raw), ("decoded", decoded)):
                 results.starts_s[name, mode].append(answer["start_s"])
                 results.rates[name, mode].append(answer["samples_per_s"])
+                results.cpus_ms[name, mode].append(answer["cpu_ms"])
             for step, value in seconds.items():
                 results.resumes_s[name, step].append(value)
             progress.advance(bar)

@@ -21,13 +21,17 @@ Rows = list[list[str]]
 
 @dataclass(kw_only=True)
 class Results:
-    """What was measured: facts by loader; by loader and mode seconds to the first batch and samples/s; by loader and
-    step seconds to resume; by loader, ranks before and after a stop what was read twice and never.
+    """What was measured.
+
+    facts: by loader. starts_s, rates, cpus_ms: by loader and mode: seconds to the first batch, samples/s, processor
+    milliseconds a sample. resumes_s: by loader and step. epochs: by loader and ranks before and after a stop: what was
+    read twice and never.
     """
 
     facts: dict[str, dict[str, Any]]
     starts_s: defaultdict[tuple[str, str], list[float]]
     rates: defaultdict[tuple[str, str], list[float]]
+    cpus_ms: defaultdict[tuple[str, str], list[float]]
     resumes_s: defaultdict[tuple[str, int], list[float]]
     epochs: dict[tuple[str, int, int | None], str] = field(default_factory=dict)
 
@@ -40,13 +44,14 @@ def ratio(results: Results, name: str, mode: str) -> str:
 
 
 def speed_rows(results: Results) -> Rows:
-    """Loader, then for raw and decoded: samples/s, ours over it, seconds to the first batch."""
+    """Loader, then for raw and decoded: samples/s, ours over it, processor time, seconds to the first batch."""
     rows = []
     for name in results.facts:
         row = [f"{name} {results.facts[name]['version']}"]
         for mode in ("raw", "decoded"):
             row += [f"{statistics.median(results.rates[name, mode]):.0f}"]
             row += ["" if name == OURS else ratio(results, name, mode)]
+            row += [f"{statistics.median(results.cpus_ms[name, mode]):.2f}"]
             row += [f"{statistics.median(results.starts_s[name, mode]):.2f}"]
         rows.append(row)
     return rows
@@ -77,7 +82,9 @@ def epoch_rows(results: Results) -> tuple[list[str], Rows]:
 def write_page(results: Results, arguments: argparse.Namespace, out: Path) -> None:
     """Print the tables and write them to `out`."""
     sample_bytes = next(iter(results.facts.values()))["sample_bytes"]
-    speed_titles = ["loader", "raw samples/s", "ours / it", "start s", "decoded samples/s", "ours / it", "start s"]
+    speed_titles = ["loader"]
+    for mode in ("raw", "decoded"):
+        speed_titles += [f"{mode} samples/s", "ours / it", "processor ms", "start s"]
     epoch_titles, epochs = epoch_rows(results)
     resume_titles = ["loader", "offers", "step 10", "step 1,000", "step 100,000"]
     parts = [
@@ -91,8 +98,9 @@ def write_page(results: Results, arguments: argparse.Namespace, out: Path) -> No
         "\n".join(f"- **{name}** {facts['version']}: {facts['how']}" for name, facts in results.facts.items()),
         "## Speed",
         "Raw: the bytes of all members, one tensor a batch. Decoded: four frames, 1.5 s of sound and tokens, by the "
-        "same functions for all; the tensors were compared and are equal. Start: construction to first batch, in "
-        "seconds. Ratios are of the same round: median (range).",
+        "same functions for all; the tensors were compared and are equal. Ratios are of the same round: "
+        "median (range). Processor: milliseconds a sample of the process and its workers, start included; other work "
+        "on the machine disturbs it least. Start: construction to first batch.",
         _markdown(speed_titles, speed_rows(results)),
         "## Resume",
         "Seconds from the construction of a loader at the state of a step to its first batch, raw. A state is epoch "

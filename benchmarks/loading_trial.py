@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import os
 import sys
 import time
 import traceback
@@ -49,18 +50,26 @@ def write(kind: type[Contender], setting: Setting, task: dict[str, Any]) -> dict
 
 
 def speed(kind: type[Contender], setting: Setting, task: dict[str, Any]) -> dict[str, Any]:
-    """Seconds to the first batch, then samples/s over `num_batches` after as many of a warm-up as are prefetched."""
-    begin_s = time.perf_counter()
-    loader = kind(setting, None)
-    with closing(loader):
-        batches = loader.batches()
-        next(batches)
+    """Seconds to the first batch, then samples/s over `num_batches` after as many of a warm-up as are prefetched.
+
+    cpu_ms: processor time a sample from construction to close, of this process and the workers that ended in it.
+    """
+    cpu_s, begin_s = processor_s(), time.perf_counter()
+    with closing(kind(setting, None)) as loader, closing(loader.batches()) as batches:
+        num_samples = next(batches).num_samples
         first_s = time.perf_counter() - begin_s
-        for _ in islice(batches, setting.num_workers * setting.prefetch):
-            pass
+        num_samples += sum(batch.num_samples for batch in islice(batches, setting.num_workers * setting.prefetch))
         begin_s = time.perf_counter()
-        num_samples = sum(batch.num_samples for batch in islice(batches, task["num_batches"]))
-        return {"start_s": first_s, "samples_per_s": num_samples / (time.perf_counter() - begin_s)}
+        num_timed = sum(batch.num_samples for batch in islice(batches, task["num_batches"]))
+        rate = num_timed / (time.perf_counter() - begin_s)
+    cpu_ms = 1000 * (processor_s() - cpu_s) / (num_samples + num_timed)
+    return {"start_s": first_s, "samples_per_s": rate, "cpu_ms": cpu_ms}
+
+
+def processor_s() -> float:
+    """User and system time of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def resume(kind: type[Contender], setting: Setting, task: dict[str, Any]) -> dict[str, Any]:

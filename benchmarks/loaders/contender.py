@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -75,7 +75,7 @@ class Contender(ABC):
     def __init__(self, setting: Setting, state: dict[str, Any] | None) -> None: ...
 
     @abstractmethod
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         """Batches for ever, epoch after epoch."""
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -87,7 +87,7 @@ class Parallelotope(Contender):
             self._loader._reader = RawReader(dataset, towers, WINDOW_S, AUGMENT, setting.seed)
         self._num_samples = len(dataset)
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         for batch in self._loader:
             self._position = batch.next_position
             yield batch

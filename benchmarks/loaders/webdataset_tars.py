@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -71,7 +71,7 @@ class WebDataset(Contender):
         for collated in self._loader:
             yield batch_of(collated)
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         epoch = 0
         while True:
             for batch in self._open(epoch):
