@@ -12,7 +12,11 @@ import typer
 
 from data_pipeline.settings import UserError, nearest
 from data_pipeline.shards import read_dataset_json
+from data_pipeline.target_folder import check_target_folder
 from pretrain.config import RunConfig
+
+# Written first into a run folder: by rank 0, by a launcher or by `launch slurm`.
+RUN_FILES = (".lock", "config.yaml", "checkpoints", "logs", "job.yaml", "job.sbatch")
 
 Accept = Annotated[
     list[str] | None,
@@ -28,13 +32,15 @@ def with_accepted(overrides: Sequence[str] | None, accept: Sequence[str] | None)
 
 
 def check_run(config: RunConfig, ranks: int) -> None:
-    """Refuse what cannot run: data that is not there, ranks that do not divide the global batch.
+    """Refuse what cannot run: data that is not there, ranks that do not divide the global batch, a run folder that holds
+    other things.
 
     Raises:
         UserError: one line: what was found, what was expected.
     """
     check_data(config, ranks)
     check_ranks(config, ranks)
+    check_target_folder(Path(config.run_dir), "run_dir", RUN_FILES, "one of an earlier start of this run")
 
 
 def check_data(config: RunConfig, ranks: int) -> None:
