@@ -32,8 +32,7 @@ def with_accepted(overrides: Sequence[str] | None, accept: Sequence[str] | None)
 
 
 def check_run(config: RunConfig, ranks: int) -> None:
-    """Refuse what cannot run: data that is not there, ranks that do not divide the global batch, a run folder that holds
-    other things.
+    """Refuse what cannot run: data that is not there, ranks that do not divide the global batch, a folder of others.
 
     Raises:
         UserError: one line: what was found, what was expected.

@@ -131,8 +131,9 @@ class Trainer:
         assert session.validation is not None
         step = session.progress.step
         with self.clock.stage("validation"):
-            report, score, kept = validation_score(session.engine, session.validation, self.config, self.world, step)
-        log.validation(step, report, score)
+            report, found, kept = validation_score(session.engine, session.validation, self.config, self.world, step)
+        log.validation(step, report, found)
+        score = found.recall_at_1
         if self.world.rank == 0:
             with self.clock.stage("report"), log.attempt(f"step {step}: embeddings were not kept"):
                 kept.save(embeddings_path(self.run_dir, "validation"))
