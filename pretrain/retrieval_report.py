@@ -42,6 +42,7 @@ class RetrievalReport:
     num_samples: int
     num_present: dict[str, int]  # samples that have the modality
     positive_cosine: dict[str, float | None]  # "a-b" -> mean cosine of matched pairs; None: no sample has both, or NaN
+    anti_aligned: tuple[str, ...]  # those pairs whose mean is negative beyond chance
     metrics: tuple[RetrievalMetrics, ...]
     warnings: tuple[str, ...]
 
@@ -61,7 +62,7 @@ class RetrievalReport:
     def to_json(self) -> dict[str, Any]:
         """A value that `json.dumps` takes, without NaN."""
         value = asdict(self)
-        return {**value, "metrics": list(value["metrics"]), "warnings": list(value["warnings"])}
+        return value | {name: list(value[name]) for name in ("anti_aligned", "metrics", "warnings")}
 
     def table(self, title: str = "retrieval") -> Table:
         """A rich table that fits 80 columns; recalls and chance in per cent."""

@@ -220,10 +220,30 @@ def test_two_sides_of_one_text_are_no_alarm() -> None:
     seen, heard = torch.tensor([1.0, -0.7, 0.0]), torch.tensor([-0.7, 1.0, 0.0])
     text = torch.tensor([1.0, 1.0, 0.0])
     rows = {"text": text, "video": seen, "audio": heard}
-    report = evaluate_retrieval({name: F.normalize(row, dim=0).repeat(2, 1) for name, row in rows.items()}, None)
+    report = evaluate_retrieval({name: F.normalize(row, dim=0).repeat(8, 1) for name, row in rows.items()}, None)
     (warning,) = report.warnings
     assert "video and audio are anti-aligned" in warning
     assert "text agrees with both (+0.17 and +0.17)" in warning
+
+
+def test_a_negative_mean_of_chance_is_no_alarm() -> None:
+    """Two samples, or many whose cosines scatter around zero, say nothing about a sign."""
+    few = {"text": unit_rows(2, 16), "video": -unit_rows(2, 16)}
+    assert evaluate_retrieval(few, None).anti_aligned == ()
+    text, video = unit_rows(64, 16), unit_rows(64, 16, seed=1)
+    cosines = (text * video).sum(dim=1)
+    video = torch.where((cosines.mean() > 0), -video, video)
+    scattered = evaluate_retrieval({"text": text, "video": video}, None)
+    mean = scattered.positive_cosine["text-video"]
+    assert mean is not None
+    assert -0.06 < mean < 0
+    assert (scattered.anti_aligned, scattered.warnings) == ((), ())
+    tilted = evaluate_retrieval({"text": text, "video": F.normalize(video - 0.5 * text, dim=1)}, None)
+    assert tilted.anti_aligned == ("text-video",)
+    (warning,) = tilted.warnings
+    assert "over 64 samples" in warning
+    assert "`" not in warning
+    assert tilted.to_json()["anti_aligned"] == ["text-video"]
 
 
 def test_missing_modalities_leave_queries_and_candidates() -> None:

@@ -13,7 +13,7 @@ from pretrain.report import figures
 from pretrain.report.figures import SCORE_NAMES
 from pretrain.report.history import Curve, RunHistory
 
-NUMBER = re.compile(r"[-+]?\d+\.\d+")
+NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
