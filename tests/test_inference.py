@@ -106,6 +106,7 @@ def test_an_unreadable_item_is_named(model: Model, clips: list[Path], tmp_path: 
         ({"text": ["a"], "video": []}, "expected equally many"),
         ({"video": [3]}, r"video\[0\]: found int, expected a path"),
         ({"text": ["a"], "batch_size": 0}, "batch_size 0"),
+        ({"vidoe": ["a.mp4"]}, "encode: vidoe: unknown argument; did you mean 'video'"),
     ],
 )
 def test_mistakes_are_said(model: Model, given: dict[str, object], said: str) -> None:
