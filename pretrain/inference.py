@@ -83,8 +83,8 @@ class Model:
 
         Raises:
             UnreadableInput: no such file, not a medium, no such track; names the item.
-            UserError: a modality the model has no tower for, lists of different lengths, an item of a wrong type, another
-                argument.
+            UserError: a modality the model has no tower for, lists of different lengths, an item of a wrong type,
+                another argument.
         """
         for name in unknown:
             valid = [*self.config.modalities, "batch_size", "on_error"]
