@@ -95,7 +95,7 @@ class RunLog:
         append_line(self._run / METRICS, {"step": step, **finite})
         for name, value in finite.items():
             self._board.add_scalar(name, value, step)
-        if step % self._log_every == 0 or step == self._num_steps:
+        if step % self._log_every == 0 or step in (1, self._num_steps):
             self.say(self._line(step, values))
 
     def _line(self, step: int, values: dict[str, float]) -> str:

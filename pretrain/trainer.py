@@ -25,6 +25,7 @@ from pretrain.run_lock import hold_run
 from pretrain.run_log import BETWEEN_STEPS, RunLog
 from pretrain.session import Session
 from pretrain.signals import EXIT_RUN_AGAIN, StopRequest
+from pretrain.start_notes import batch_notes
 from pretrain.watchdog import watched
 
 REPORT_SPACING = 20  # times what making one takes
@@ -179,7 +180,7 @@ class Trainer:
         """Derived numbers, named once."""
         config, world, session = self.config, self.world, self.session
         local_batch = config.train.global_batch // world.size
-        for note in session.notes:
+        for note in [*session.notes, *batch_notes(len(session.dataset), config.train.global_batch)]:
             log.say(note)
         if session.progress.step >= config.schedule.num_steps:
             log.say(f"finished at step {session.progress.step}: nothing left to do")
