@@ -19,6 +19,7 @@ from data_pipeline.plan import Task, extend_plan
 from data_pipeline.progress import JobProgress, counted, describe_rejects
 from data_pipeline.ray_job import run_on_ray
 from data_pipeline.settings import UserError
+from data_pipeline.target_folder import check_target_folder
 from data_pipeline.task import CONTENT, finished_record, remove_partials, run_task
 
 
@@ -43,7 +44,7 @@ def shard_dataset(config: ShardConfig) -> ShardingResult:
         raise UserError(f"out_dir {config.out_dir}: expected a folder of a file system that every worker mounts")
     manifest = read_manifest(config.manifest, config.hold_out)
     folder = Path(config.out_dir).resolve()
-    _make_folder(folder)
+    _make_folder(folder, config.manifest)
     with _alone_in(folder):
         remove_partials(folder)
         tasks = extend_plan(manifest.rows, config, folder)
@@ -117,13 +118,21 @@ def _summarize(folder: Path, records: list[dict[str, Any]], done: str, manifest:
         print(f"shard: every reject with its reason: {folder / 'rejects.parquet'}")
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, manifest: str) -> None:
+    """The dataset's folder, made when it is not there.
+
+    Raises:
+        UserError: it holds other things, lies in the folder whose files are the rows, or cannot be made.
+    """
+    source = Path(manifest).resolve()
+    if source.is_dir() and folder.is_relative_to(source):
+        where = "the manifest's own folder" if folder == source else f"inside the manifest's folder {source}"
+        raise UserError(f"out_dir {folder}: {where}, whose files are the rows; expected a folder outside of it")
+    check_target_folder(folder, "out_dir", ("plan",), "one that 'parallelotope shard' wrote")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out_dir {folder}: cannot be made: {error.strerror}") from error
-    if any(folder.glob("shard-*.tar")) and not (folder / "plan").is_dir():
-        raise UserError(f"out_dir {folder}: holds shards without a plan; expected a folder of ours, or an empty one")
 
 
 @contextmanager

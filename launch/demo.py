@@ -234,9 +234,10 @@ def summarise(stages: Stages, places: Places) -> None:
 def headline(row: dict[str, Any]) -> str:
     """One direction of retrieval in words."""
     interval = f"{100 * row['recall_at_1_low']:.1f} to {100 * row['recall_at_1_high']:.1f}"
+    found = f"{100 * row['recall_at_1']:.1f} % of {row['num_queries']} queries"
     return (
         f"text -> {row['candidates']} by {row['score']}: the right one of {row['num_candidates']} is found first in "
-        f"{100 * row['recall_at_1']:.1f} % ({interval}; chance {100 * row['chance_recall_at_1']:.1f} %)"
+        f"{found} ({interval}; chance {100 * row['chance_recall_at_1']:.1f} %)"
     )
 
 

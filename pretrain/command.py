@@ -32,6 +32,11 @@ def pretrain(
 
     world = join_ranks(settings.train.threads, settings.faults.stage_timeout_s)
     from pretrain.memory import out_of_memory_said
+    from pretrain.start_notes import compile_notes
+
+    if world.rank == 0:
+        for note in compile_notes():
+            typer.echo(note, err=True)
     from pretrain.trainer import Trainer
 
     with out_of_memory_said(settings):

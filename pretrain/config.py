@@ -188,7 +188,9 @@ class TrainConfig(Settings):
     offload_optimizer: bool = False  # ZeRO 1 to 3: master weights and moments live, and are updated, on the host
     ema_decay: float | None = Field(None, gt=0, lt=1)  # keep an average of the towers; it is what is then evaluated
     threads: int = Field(0, ge=0)  # CPU threads a rank computes with; 0: cores / ranks of this machine
-    log_every: PositiveInt = 10  # steps between lines on the terminal; metrics.jsonl has every step
+    log_every: PositiveInt = (
+        10  # steps between lines on the terminal, which has the first and the last too; metrics.jsonl: all
+    )
     log_samples: bool = False  # write the keys of every step's samples to RUN/samples/
 
 

@@ -25,11 +25,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_pipeline.settings import UserError
 from data_pipeline.shards import ShardedDataset
+from data_pipeline.target_folder import check_target_folder
 from pretrain.data.batch import Batch
 from pretrain.data.reader import BatchReader
 from pretrain.data.workers import BatchStream
 from pretrain.embedding_table import (
     PROBLEM,
+    PROBLEMS,
     SAMPLE_COLUMNS,
     Span,
     TableIdentity,
@@ -129,8 +131,7 @@ def _open(job: EmbedJob) -> tuple[ShardedDataset, TableIdentity]:
     dataset = ShardedDataset(job.data, job.split)
     if not len(dataset):
         raise UserError(f"dataset {job.data}: no samples")
-    if job.out.exists() and not job.out.is_dir():
-        raise UserError(f"--out {job.out}: a file; expected a folder")
+    check_target_folder(job.out, "--out", ("part-*.parquet", PROBLEMS), "one that 'parallelotope embed' wrote")
     try:
         job.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

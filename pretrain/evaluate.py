@@ -20,7 +20,8 @@ from pretrain.grad_cache import no_stage
 from pretrain.identity import check_tokenizer
 from pretrain.kept_embeddings import KeptEmbeddings
 from pretrain.model import PretrainModel
-from pretrain.retrieval import RetrievalReport, evaluate_retrieval
+from pretrain.retrieval import evaluate_retrieval
+from pretrain.retrieval_report import RetrievalMetrics, RetrievalReport
 
 Forward = Callable[[dict[str, dict[str, Tensor]], dict[str, Tensor]], dict[str, Tensor]]
 
@@ -83,8 +84,9 @@ def own_score(config: RunConfig) -> str:
 
 def validation_score(
     engine: Engine, dataset: ShardedDataset, config: RunConfig, world: World, step: int
-) -> tuple[dict[str, Any], float, KeptEmbeddings]:
-    """Report as JSON, R@1 of anchor -> all other modalities by the run's own score, and the embeddings after `step`.
+) -> tuple[dict[str, Any], RetrievalMetrics, KeptEmbeddings]:
+    """Report as JSON, retrieval of anchor -> all other modalities by the run's own score, and the embeddings
+    after `step`.
 
     A collective call.
     """
@@ -105,11 +107,11 @@ def validation_score(
     return report.to_json(), headline(report, config), kept
 
 
-def headline(report: RetrievalReport, config: RunConfig) -> float:
-    """R@1 of anchor -> all others together, by the run's own score."""
+def headline(report: RetrievalReport, config: RunConfig) -> RetrievalMetrics:
+    """Retrieval of anchor -> all others together, by the run's own score."""
     anchor = anchor_of(config)
     others = [name for name in config.towers.names if name != anchor]
-    return report.find(anchor, others, own_score(config)).recall_at_1
+    return report.find(anchor, others, own_score(config))
 
 
 def load_run(run: Path, which: str = "best") -> tuple[RunConfig, PretrainModel, Path]:

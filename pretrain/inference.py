@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.settings import UserError
+from data_pipeline.settings import UserError, nearest
 from pretrain.export_format import WEIGHTS, ExportConfig, check_weights, read_export_config
 from pretrain.inputs import Frames, InputReader, Values, Waveform
 from pretrain.randomness import keyed_random
@@ -66,6 +66,7 @@ class Model:
         text: Sequence[str | None] | None = None,
         batch_size: int = 32,
         on_error: Callable[[UnreadableInput], None] | None = None,
+        **unknown: Any,
     ) -> dict[str, Tensor]:
         """Embeddings {modality: [n, D]} of n samples, one row for each item, in their order.
 
@@ -82,8 +83,12 @@ class Model:
 
         Raises:
             UnreadableInput: no such file, not a medium, no such track; names the item.
-            UserError: a modality the model has no tower for, lists of different lengths, an item of a wrong type.
+            UserError: a modality the model has no tower for, lists of different lengths, an item of a wrong type,
+                another argument.
         """
+        for name in unknown:
+            valid = [*self.config.modalities, "batch_size", "on_error"]
+            raise UserError(f"encode: {name}: unknown argument; {nearest(name, valid)}")
         given = {
             name: items for name, items in (("video", video), ("audio", audio), ("text", text)) if items is not None
         }

@@ -85,6 +85,10 @@ class Waveform:
         return np.clip(np.rint(self.samples * np.float32(FULL_SCALE)), -32768, 32767).astype(np.int16)
 
 
+class NoSuchTrack(UndecodableMedia):
+    """A medium that is whole, and silent or without pictures."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _File:
     """A medium in memory and the times of the track in question, in seconds of the container."""
@@ -181,7 +185,7 @@ def _timed(data: bytes, container: av.container.InputContainer, kind: str) -> _F
     covers = av.stream.Disposition.attached_pic
     moving = [track for track in tracks if not track.disposition & covers]
     if not moving:
-        raise UndecodableMedia(f"no {'picture' if kind == 'video' else 'sound'} track")
+        raise NoSuchTrack(f"no {'picture' if kind == 'video' else 'sound'} track")
     track = moving[0]
     origin_s = 0.0 if container.start_time is None else container.start_time / av.time_base
     begin_s = float((track.start_time or 0) * track.time_base)
@@ -242,4 +246,6 @@ def _array_sound(
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
+    if isinstance(error, NoSuchTrack):
+        return f"it has {error}; expected None for what a sample lacks, or on_error="
     return f"cannot be decoded: {error}"

@@ -12,14 +12,16 @@ import typer
 
 from data_pipeline.settings import UserError, nearest
 from data_pipeline.shards import read_dataset_json
+from data_pipeline.target_folder import check_target_folder
 from pretrain.config import RunConfig, SplitConfig
 from pretrain.data.mixture import positions_a_window
 
+# Written first into a run folder: by rank 0, by a launcher or by `launch slurm`.
+RUN_FILES = (".lock", "config.yaml", "checkpoints", "logs", "job.yaml", "job.sbatch")
+
 Accept = Annotated[
     list[str] | None,
-    typer.Option(
-        help="In what the checkpoint to go on from may differ: dataset, objective, ... (config key `accept`)."
-    ),
+    typer.Option(help="In what the checkpoint to go on from may differ: dataset, objective, ... (config key `accept`)"),
 ]
 
 
@@ -29,13 +31,14 @@ def with_accepted(overrides: Sequence[str] | None, accept: Sequence[str] | None)
 
 
 def check_run(config: RunConfig, ranks: int) -> None:
-    """Refuse what cannot run: data that is not there, ranks that do not divide the global batch.
+    """Refuse what cannot run: data that is not there, ranks that do not divide the global batch, a folder of others.
 
     Raises:
         UserError: one line: what was found, what was expected.
     """
     check_data(config, ranks)
     check_ranks(config, ranks)
+    check_target_folder(Path(config.run_dir), "run_dir", RUN_FILES, "one of an earlier start of this run")
 
 
 def check_data(config: RunConfig, ranks: int) -> None:

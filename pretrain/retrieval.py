@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data_pipeline.settings import nearest
-from pretrain.retrieval_report import RetrievalMetrics, RetrievalReport, retrieval_metrics
+from pretrain.retrieval_report import Z_95, RetrievalMetrics, RetrievalReport, retrieval_metrics
 
 TIE_TOLERANCE = 1e-7  # float32 embeddings carry no finer difference; a square root makes 1e-16 into 1e-8
 BLOCK_ELEMENTS = 1 << 22  # scores held at once: 32 MB of float64
 
+MIN_PAIRS = 8  # fewer say nothing about a sign
+
 Vectors = Mapping[str, Float[Tensor, "samples dim"]]
+Pair = tuple[str, str]
 
 
 def cosine_scores(a: Float[Tensor, "q dim"], b: Float[Tensor, "c dim"]) -> Float[Tensor, "q c"]:
@@ -99,39 +102,54 @@ def evaluate_retrieval(
         for names in itertools.combinations(others, size):
             metrics += _both_directions(units, there, anchor, names, "volume")
             metrics += _both_directions(units, there, anchor, names, "summed_cosine")
-    pairs = {(a, b): _positive_cosine(units, there, a, b) for a, b in itertools.combinations(units, 2)}
+    pairs = {(a, b): _positive_cosines(units, there, a, b) for a, b in itertools.combinations(units, 2)}
+    means = {pair: float(cosines.mean()) for pair, cosines in pairs.items()}
+    apart = [pair for pair, cosines in pairs.items() if is_anti_aligned(cosines)]
     return RetrievalReport(
         anchor=anchor,
         num_samples=len(next(iter(vectors.values()))),
         num_present={name: int(mask.sum()) for name, mask in there.items()},
-        positive_cosine={"-".join(pair): None if math.isnan(value) else value for pair, value in pairs.items()},
+        positive_cosine={"-".join(pair): None if math.isnan(value) else value for pair, value in means.items()},
+        anti_aligned=tuple("-".join(pair) for pair in apart),
         metrics=tuple(metrics),
-        warnings=tuple(_warnings(pairs, there, anchor)),
+        warnings=tuple(_warnings(means, apart, there, anchor)),
     )
 
 
-def _warnings(pairs: Mapping[tuple[str, str], float], there: Mapping[str, Tensor], anchor: str) -> Iterator[str]:
-    with_anchor = {a if b == anchor else b: value for (a, b), value in pairs.items() if anchor in (a, b)}
-    for (a, b), value in pairs.items():
-        if not (there[a] & there[b]).any():
+def is_anti_aligned(cosines: Float[Tensor, " pairs"]) -> bool:
+    """Whether matched pairs point away from each other: at least `MIN_PAIRS` of them, and the upper end of the 95 %
+    interval of their mean cosine (mean + 1.96 standard errors) is negative. Few pairs are negative by accident.
+    """
+    if len(cosines) < MIN_PAIRS:
+        return False
+    return bool(cosines.mean() + Z_95 * cosines.std() / math.sqrt(len(cosines)) < 0)
+
+
+def _warnings(
+    means: Mapping[Pair, float], apart: Sequence[Pair], there: Mapping[str, Tensor], anchor: str
+) -> Iterator[str]:
+    with_anchor = {a if b == anchor else b: value for (a, b), value in means.items() if anchor in (a, b)}
+    for (a, b), value in means.items():
+        num_pairs = int((there[a] & there[b]).sum())
+        if not num_pairs:
             yield f"no sample has both {a} and {b}: their retrieval was not measured"
         elif math.isnan(value):
             yield f"embeddings of {a} or {b} hold NaN: such a candidate counts as better than the true one"
-        elif value < 0:
-            said = f"{a} and {b} are anti-aligned: mean positive cosine {value:+.2f}"
+        elif (a, b) in apart:
+            said = f"{a} and {b} are anti-aligned: mean positive cosine {value:+.2f} over {num_pairs} samples"
             if anchor not in (a, b) and min(with_anchor[a], with_anchor[b]) > 0:
                 yield (
                     f"{said}, while {anchor} agrees with both ({with_anchor[a]:+.2f} and {with_anchor[b]:+.2f}): "
                     "nothing to mend where they are independent of each other, else add a term for this pair"
                 )
             else:
-                yield f"{said}; volumes do not see the sign, a pairwise term or `orientation` does"
+                yield f"{said}; volumes do not see the sign, a pairwise term or the orientation of gram does"
 
 
-def _positive_cosine(units: Vectors, there: Mapping[str, Tensor], a: str, b: str) -> float:
-    """NaN when no sample has both, or one holds NaN."""
+def _positive_cosines(units: Vectors, there: Mapping[str, Tensor], a: str, b: str) -> Float[Tensor, " pairs"]:
+    """Of the samples that have both; their mean is NaN when none has, or one holds NaN."""
     both = there[a] & there[b]
-    return float((units[a][both] * units[b][both]).sum(dim=1).mean())
+    return (units[a][both] * units[b][both]).sum(dim=1)
 
 
 def _both_directions(

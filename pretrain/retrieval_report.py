@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-NUM_RESAMPLES = 2000
+Z_95 = 1.959964  # standard normal: 95 % lie within so many deviations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class RetrievalMetrics:
     recall_at_10: float
     median_rank: float | None  # None without queries
     chance_recall_at_1: float
-    recall_at_1_low: float  # 95 % bootstrap interval over queries
+    recall_at_1_low: float  # 95 % Wilson interval over queries
     recall_at_1_high: float
 
 
@@ -42,6 +42,7 @@ class RetrievalReport:
     num_samples: int
     num_present: dict[str, int]  # samples that have the modality
     positive_cosine: dict[str, float | None]  # "a-b" -> mean cosine of matched pairs; None: no sample has both, or NaN
+    anti_aligned: tuple[str, ...]  # those pairs whose mean is negative beyond chance
     metrics: tuple[RetrievalMetrics, ...]
     warnings: tuple[str, ...]
 
@@ -61,7 +62,7 @@ class RetrievalReport:
     def to_json(self) -> dict[str, Any]:
         """A value that `json.dumps` takes, without NaN."""
         value = asdict(self)
-        return {**value, "metrics": list(value["metrics"]), "warnings": list(value["warnings"])}
+        return value | {name: list(value[name]) for name in ("anti_aligned", "metrics", "warnings")}
 
     def table(self, title: str = "retrieval") -> Table:
         """A rich table that fits 80 columns; recalls and chance in per cent."""
@@ -70,7 +71,7 @@ class RetrievalReport:
 
         cosines = [f"{pair} {'none' if v is None else f'{v:+.2f}'}" for pair, v in self.positive_cosine.items()]
         notes = (
-            "recall and chance in %; 95 %: bootstrap interval of R@1; rank: median; n queries of so many candidates; "
+            "recall and chance in %; 95 %: Wilson interval of R@1; rank: median; n queries of so many candidates; "
             f"sum: summed cosine. Mean positive cosine: {', '.join(cosines)}"
         )
         table = Table(
@@ -86,7 +87,7 @@ class RetrievalReport:
                 f"{row.query} -> {row.candidates}",
                 "sum" if row.score == "summed_cosine" else row.score,
                 _percent(row.recall_at_1),
-                f"{_percent(row.recall_at_1_low)}-{_percent(row.recall_at_1_high)}",
+                f"{_percent(row.recall_at_1_low)}-{_percent(row.recall_at_1_high)}" if row.num_queries else "-",
                 _percent(row.recall_at_5),
                 _percent(row.recall_at_10),
                 "-" if row.median_rank is None else f"{row.median_rank:g}",
@@ -98,12 +99,12 @@ class RetrievalReport:
 
 
 def retrieval_metrics(
-    ranks: Int[Tensor, " q"], num_candidates: int, query: str, candidates: str, score: str, seed: int = 0
+    ranks: Int[Tensor, " q"], num_candidates: int, query: str, candidates: str, score: str
 ) -> RetrievalMetrics:
     """Summarise 0-based `ranks`; without queries every recall is 0 and the median rank None."""
     num_queries = len(ranks)
     recall = {k: float((ranks < k).double().mean()) if num_queries else 0.0 for k in (1, 5, 10)}
-    low, high = bootstrap_interval(recall[1], num_queries, seed)
+    low, high = wilson_interval(recall[1], num_queries)
     return RetrievalMetrics(
         query=query,
         candidates=candidates,
@@ -120,18 +121,17 @@ def retrieval_metrics(
     )
 
 
-def bootstrap_interval(share: float, num_queries: int, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of a share of queries, over `NUM_RESAMPLES` resamples of the queries.
+def wilson_interval(share: float, num_queries: int) -> tuple[float, float]:
+    """95 % score interval of a share of queries (Wilson 1927, JASA 22, 209-212); all of [0, 1] without queries.
 
-    Drawing n hits and misses with replacement is drawing from Binomial(n, share), so the resamples are drawn so.
+    Unlike a bootstrap it has a width where every query hits or every one misses.
     """
     if num_queries == 0:
-        return 0.0, 0.0
-    counts = torch.full((NUM_RESAMPLES,), float(num_queries), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    hits = torch.binomial(counts, torch.full_like(counts, share), generator=generator)
-    low, high = (hits / num_queries).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+        return 0.0, 1.0
+    spread = Z_95**2 / num_queries
+    centre = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
 
 def _percent(share: float) -> str:

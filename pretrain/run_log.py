@@ -20,6 +20,7 @@ import torch
 
 from data_pipeline.settings import UserError
 from pretrain.data.batch import Batch
+from pretrain.retrieval_report import RetrievalMetrics
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
@@ -95,7 +96,7 @@ class RunLog:
         append_line(self._run / METRICS, {"step": step, **finite})
         for name, value in finite.items():
             self._board.add_scalar(name, value, step)
-        if step % self._log_every == 0 or step == self._num_steps:
+        if step % self._log_every == 0 or step in (1, self._num_steps):
             self.say(self._line(step, values))
 
     def _line(self, step: int, values: dict[str, float]) -> str:
@@ -112,13 +113,17 @@ class RunLog:
             f"({', '.join(shares)})  about {left_s:.0f} s left"
         )
 
-    def validation(self, step: int, report: dict[str, Any], score: float) -> None:
-        """A validation report: a line in validation.jsonl, its score on the terminal and in TensorBoard."""
+    def validation(self, step: int, report: dict[str, Any], found: RetrievalMetrics) -> None:
+        """A line in validation.jsonl; R@1 of `found`, the report's headline, on the terminal and in TensorBoard."""
         if self._rank != 0:
             return
-        append_line(self._run / VALIDATION, {"step": step, "score": score, **report})
-        self._board.add_scalar("validation/score", score, step)
-        self.say(f"step {step}: validation R@1 {100 * score:.1f} %")
+        append_line(self._run / VALIDATION, {"step": step, "score": found.recall_at_1, **report})
+        self._board.add_scalar("validation/score", found.recall_at_1, step)
+        low, high = 100 * found.recall_at_1_low, 100 * found.recall_at_1_high
+        self.say(
+            f"step {step}: validation R@1 {100 * found.recall_at_1:.1f} % (95 %: {low:.1f} to {high:.1f}; "
+            f"chance {100 * found.chance_recall_at_1:.2g} %; {found.num_queries} queries)"
+        )
 
     def say(self, line: str) -> None:
         """A line on the terminal, from rank 0."""

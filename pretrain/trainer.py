@@ -26,6 +26,7 @@ from pretrain.run_lock import hold_run
 from pretrain.run_log import BETWEEN_STEPS, RunLog
 from pretrain.session import Session
 from pretrain.signals import EXIT_RUN_AGAIN, StopRequest
+from pretrain.start_notes import batch_notes
 from pretrain.watchdog import watched
 
 REPORT_SPACING = 20  # times what making one takes
@@ -134,8 +135,9 @@ class Trainer:
         assert session.validation is not None
         step = session.progress.step
         with self.clock.stage("validation"):
-            report, score, kept = validation_score(session.engine, session.validation, self.config, self.world, step)
-        log.validation(step, report, score)
+            report, found, kept = validation_score(session.engine, session.validation, self.config, self.world, step)
+        log.validation(step, report, found)
+        score = found.recall_at_1
         if self.world.rank == 0:
             with self.clock.stage("report"), log.attempt(f"step {step}: embeddings were not kept"):
                 kept.save(embeddings_path(self.run_dir, "validation"))
@@ -181,7 +183,7 @@ class Trainer:
         """Derived numbers, named once."""
         config, world, session = self.config, self.world, self.session
         local_batch = config.train.global_batch // world.size
-        for note in session.notes:
+        for note in [*session.notes, *batch_notes(len(session.dataset), config.train.global_batch)]:
             log.say(note)
         if session.progress.step >= config.schedule.num_steps:
             log.say(f"finished at step {session.progress.step}: nothing left to do")

@@ -21,7 +21,12 @@ LAUNCH_MAY_IMPORT = {
     "data_pipeline.settings",
     "data_pipeline.shards",
 }
-PRETRAIN_MAY_IMPORT = {"data_pipeline.shards", "data_pipeline.settings", "data_pipeline.decode"}
+PRETRAIN_MAY_IMPORT = {
+    "data_pipeline.shards",
+    "data_pipeline.settings",
+    "data_pipeline.decode",
+    "data_pipeline.target_folder",
+}
 TORCH_FREE = {"main", "config", "objective_config", "command", "preflight", "signals"}  # of pretrain, at import
 
 

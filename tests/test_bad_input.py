@@ -128,7 +128,7 @@ def test_an_old_checkpoint_is_refused_not_misread(tmp_path: Path, trained_run: P
     for change_of, said in (
         (
             lambda d: d.update(format_version=1),
-            f"format version 1 found, {FORMAT_VERSION} expected: use the version of parallelotope",
+            f"format version 1 found, {FORMAT_VERSION} expected: use the version of",
         ),
         (lambda d: d["identity"].update(tokenizer="0123456789abcdef"), "was trained with another tokenizer: 'default'"),
     ):

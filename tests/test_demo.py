@@ -86,11 +86,12 @@ def test_resumption_wants_every_step_once(tmp_path: Path, steps: list[int]) -> N
 
 def test_headline_says_the_numbers() -> None:
     row = {
-        "candidates": "video+audio", "score": "volume", "num_candidates": 256, "recall_at_1": 0.5,
+        "candidates": "video+audio", "score": "volume", "num_queries": 200, "num_candidates": 256, "recall_at_1": 0.5,
         "recall_at_1_low": 0.4375, "recall_at_1_high": 0.5625, "chance_recall_at_1": 1 / 256,
     }  # fmt: skip
     assert headline(row) == (
-        "text -> video+audio by volume: the right one of 256 is found first in 50.0 % (43.8 to 56.2; chance 0.4 %)"
+        "text -> video+audio by volume: the right one of 256 is found first in 50.0 % of 200 "
+        "queries (43.8 to 56.2; chance 0.4 %)"
     )
 
 

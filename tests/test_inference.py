@@ -89,6 +89,8 @@ def test_an_unreadable_item_is_named(model: Model, clips: list[Path], tmp_path: 
             model.encode(**given)  # type: ignore[arg-type]
         assert (caught.value.modality, caught.value.index) == (modality, index)
         assert f"{modality}[{index}]" in str(caught.value)
+    with pytest.raises(UnreadableInput, match=r"2 ü.mp4: it has no sound track; expected None for what a sample lacks"):
+        model.encode(audio=[clips[2]])
     errors: list[UnreadableInput] = []
     rows = model.encode(video=[bad, clips[0]], on_error=errors.append)["video"]
     assert [error.index for error in errors] == [0]
@@ -104,6 +106,7 @@ def test_an_unreadable_item_is_named(model: Model, clips: list[Path], tmp_path: 
         ({"text": ["a"], "video": []}, "expected equally many"),
         ({"video": [3]}, r"video\[0\]: found int, expected a path"),
         ({"text": ["a"], "batch_size": 0}, "batch_size 0"),
+        ({"vidoe": ["a.mp4"]}, "encode: vidoe: unknown argument; did you mean 'video'"),
     ],
 )
 def test_mistakes_are_said(model: Model, given: dict[str, object], said: str) -> None:

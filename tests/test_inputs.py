@@ -122,8 +122,8 @@ def test_what_cannot_be_read_says_why_in_one_line(model: Model, tmp_path: Path) 
         ({"video": [mute, tmp_path / "none.mp4"]}, rf"video\[1\] {tmp_path}/none.mp4: no such file or directory"),
         ({"video": [mute, tmp_path]}, r"video\[1\] .*: is a directory"),
         ({"video": [b"<html>"]}, r"video\[0\] \(6 bytes\): cannot be decoded"),
-        ({"audio": [mute]}, r"audio\[0\] .*mute.mp4: cannot be decoded: no sound track"),
-        ({"video": [write_wav(tmp_path / "a.wav")]}, r"video\[0\] .*a.wav: cannot be decoded: no picture track"),
+        ({"audio": [mute]}, r"audio\[0\] .*mute.mp4: it has no sound track; expected None"),
+        ({"video": [write_wav(tmp_path / "a.wav")]}, r"video\[0\] .*a.wav: it has no picture track; expected None"),
         ({"text": ["a", " \n"]}, r"text\[1\] ' \\n': blank"),
     ]
     for items, message in cases:

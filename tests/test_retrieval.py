@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pretrain import retrieval
 from pretrain.retrieval import cosine_scores, evaluate_retrieval, rank_of_truth, summed_cosine_scores, volume_scores
-from pretrain.retrieval_report import RetrievalReport, bootstrap_interval, retrieval_metrics
+from pretrain.retrieval_report import Z_95, RetrievalReport, retrieval_metrics, wilson_interval
 
 NAN = float("nan")
 
@@ -128,27 +128,25 @@ def test_more_vectors_than_dimensions_is_refused() -> None:
 def test_interval_covers_the_true_share() -> None:
     generator = torch.Generator().manual_seed(1)
     covered = 0
-    for trial in range(200):
+    for _ in range(200):
         share = (torch.rand(256, generator=generator) < 0.4).double().mean().item()
-        low, high = bootstrap_interval(share, 256, seed=trial)
+        low, high = wilson_interval(share, 256)
         assert low <= share <= high
         covered += low <= 0.4 <= high
     assert 180 <= covered <= 199  # 95 % of 200 is 190; the binomial's own spread is 3
 
 
-def test_interval_matches_resampled_queries() -> None:
-    hits = torch.zeros(100, dtype=torch.float64)
-    hits[:30] = 1
-    picks = torch.randint(100, (20_000, 100), generator=torch.Generator().manual_seed(3))
-    literal = hits[picks].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    assert bootstrap_interval(0.3, 100) == pytest.approx(literal, abs=0.011)
+def test_interval_is_where_the_score_test_does_not_reject() -> None:
+    for share, num_queries in ((0.3, 100), (0.5, 2), (0.02, 50)):
+        for end in wilson_interval(share, num_queries):
+            assert abs(share - end) == pytest.approx(Z_95 * math.sqrt(end * (1 - end) / num_queries), rel=1e-9)
 
 
-def test_interval_is_repeatable_and_degenerate_where_it_must_be() -> None:
-    assert bootstrap_interval(0.3, 50) == bootstrap_interval(0.3, 50)
-    assert bootstrap_interval(0.0, 50) == (0.0, 0.0)
-    assert bootstrap_interval(1.0, 50) == (1.0, 1.0)
-    assert bootstrap_interval(0.0, 0) == (0.0, 0.0)
+def test_interval_never_collapses() -> None:
+    assert wilson_interval(1.0, 2) == (pytest.approx(1 / (1 + Z_95**2 / 2)), 1.0)  # 34 % to 100 %
+    assert wilson_interval(0.0, 2) == (0.0, pytest.approx(1 - 1 / (1 + Z_95**2 / 2)))
+    assert wilson_interval(1.0, 50) == (pytest.approx(0.9287, abs=1e-4), 1.0)
+    assert wilson_interval(0.0, 0) == (0.0, 1.0)
 
 
 def test_metrics_of_known_ranks() -> None:
@@ -222,10 +220,30 @@ def test_two_sides_of_one_text_are_no_alarm() -> None:
     seen, heard = torch.tensor([1.0, -0.7, 0.0]), torch.tensor([-0.7, 1.0, 0.0])
     text = torch.tensor([1.0, 1.0, 0.0])
     rows = {"text": text, "video": seen, "audio": heard}
-    report = evaluate_retrieval({name: F.normalize(row, dim=0).repeat(2, 1) for name, row in rows.items()}, None)
+    report = evaluate_retrieval({name: F.normalize(row, dim=0).repeat(8, 1) for name, row in rows.items()}, None)
     (warning,) = report.warnings
     assert "video and audio are anti-aligned" in warning
     assert "text agrees with both (+0.17 and +0.17)" in warning
+
+
+def test_a_negative_mean_of_chance_is_no_alarm() -> None:
+    """Two samples, or many whose cosines scatter around zero, say nothing about a sign."""
+    few = {"text": unit_rows(2, 16), "video": -unit_rows(2, 16)}
+    assert evaluate_retrieval(few, None).anti_aligned == ()
+    text, video = unit_rows(64, 16), unit_rows(64, 16, seed=1)
+    cosines = (text * video).sum(dim=1)
+    video = torch.where((cosines.mean() > 0), -video, video)
+    scattered = evaluate_retrieval({"text": text, "video": video}, None)
+    mean = scattered.positive_cosine["text-video"]
+    assert mean is not None
+    assert -0.06 < mean < 0
+    assert (scattered.anti_aligned, scattered.warnings) == ((), ())
+    tilted = evaluate_retrieval({"text": text, "video": F.normalize(video - 0.5 * text, dim=1)}, None)
+    assert tilted.anti_aligned == ("text-video",)
+    (warning,) = tilted.warnings
+    assert "over 64 samples" in warning
+    assert "`" not in warning
+    assert tilted.to_json()["anti_aligned"] == ["text-video"]
 
 
 def test_missing_modalities_leave_queries_and_candidates() -> None:
@@ -331,7 +349,7 @@ def test_report_is_json_and_a_table() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "run on test" in text
     assert "text -> video+audio" in text
-    assert "100-100" in text
+    assert "75.8-100" in text  # 12 of 12
     assert "text-video +1.00" in " ".join(text.split())
     assert "…" not in text
 

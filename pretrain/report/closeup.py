@@ -46,7 +46,7 @@ class Closeup:
     note: str
     rows: list[RetrievalRow]
     retrieval: Panel
-    cosines: list[tuple[str, float | None]]
+    cosines: list[tuple[str, float | None, bool]]  # pair, mean of its matched samples, whether it is anti-aligned
     question: Question | None = None
     gallery: Gallery | None = None
     num_left_out: int = 0  # samples that lack a modality and are no candidates
@@ -64,7 +64,7 @@ def make_closeup(run: RunHistory, evaluated: EvaluatedSet, max_bytes: int) -> Cl
         "note": _note(run, evaluated),
         "rows": [_row(row) for row in metrics],
         "retrieval": Panel(title="R@1 by direction", figure=figures.figure_json(figures.retrieval_figure(groups))),
-        "cosines": _in_order(run, evaluated.result["positive_cosine"]),
+        "cosines": _in_order(run, evaluated.result),
     }
     try:
         kept = _load(evaluated)
@@ -112,9 +112,10 @@ def _note(run: RunHistory, evaluated: EvaluatedSet) -> str:
     return f"{result['num_samples']:,} samples{step}; of these have: {there}"
 
 
-def _in_order(run: RunHistory, cosines: dict[str, float | None]) -> list[tuple[str, float | None]]:
+def _in_order(run: RunHistory, result: dict[str, Any]) -> list[tuple[str, float | None, bool]]:
     names = ["-".join(pair) for pair in itertools.combinations(run.config.towers.names, 2)]
-    return [(name, cosines[name]) for name in names if name in cosines]
+    cosines, apart = result["positive_cosine"], result["anti_aligned"]
+    return [(name, cosines[name], name in apart) for name in names if name in cosines]
 
 
 def _row(row: dict[str, Any]) -> RetrievalRow:

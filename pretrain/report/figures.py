@@ -166,8 +166,8 @@ def _in_words(row: dict[str, Any]) -> str:
     low, high = 100 * row["recall_at_1_low"], 100 * row["recall_at_1_high"]
     return (
         f"{row['query']} → {row['candidates']} by {SCORE_NAMES.get(row['score'], row['score'])}<br>"
-        f"R@1 {100 * row['recall_at_1']:.1f} % ({low:.1f} to {high:.1f}), R@5 {100 * row['recall_at_5']:.1f} %, "
-        f"R@10 {100 * row['recall_at_10']:.1f} %"
+        f"R@1 {100 * row['recall_at_1']:.1f} % ({low:.1f} to {high:.1f}; n {row['num_queries']:,}), "
+        f"R@5 {100 * row['recall_at_5']:.1f} %, R@10 {100 * row['recall_at_10']:.1f} %"
     )
 
 

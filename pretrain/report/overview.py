@@ -14,7 +14,7 @@ from pretrain.report import figures
 from pretrain.report.figures import SCORE_NAMES
 from pretrain.report.history import Curve, RunHistory
 
-NUMBER = re.compile(r"[-+]?\d+\.\d+")
+NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,11 @@ def headline_row(run: RunHistory, metrics: Sequence[dict[str, Any]]) -> dict[str
     return None
 
 
+def queries(row: dict[str, Any]) -> str:
+    """How many queries a row's figures are of, in words."""
+    return "1 query" if row["num_queries"] == 1 else f"{row['num_queries']:,} queries"
+
+
 def cards(run: RunHistory) -> list[Card]:
     """The figures that a reader wants first."""
     found = []
@@ -78,7 +83,7 @@ def cards(run: RunHistory) -> list[Card]:
             note = (
                 f"R@1 {row['query']} → {row['candidates']} by {SCORE_NAMES.get(row['score'], row['score'])}; "
                 f"95 %: {100 * row['recall_at_1_low']:.1f} to {100 * row['recall_at_1_high']:.1f}; "
-                f"chance {100 * row['chance_recall_at_1']:.2g} %"
+                f"chance {100 * row['chance_recall_at_1']:.2g} %; {queries(row)}"
             )
             found.append(Card(title=evaluated.name, value=percent(row["recall_at_1"]), note=note))
     found = found[:3]
@@ -183,7 +188,7 @@ def curve_panels(run: RunHistory) -> list[Panel]:
         row = headline_row(run, run.validations[-1]["metrics"])
         chance = 100 * row["chance_recall_at_1"] if row is not None else None
         figure = figures.score_figure({"validation": _validation_curve(run)}, chance)
-        value = percent(run.validations[-1]["score"])
+        value = percent(run.validations[-1]["score"]) + (f" of {queries(row)}" if row is not None else "")
         panels.insert(1, Panel(title="Validation R@1", figure=figures.figure_json(figure), value=value))
     return panels
 

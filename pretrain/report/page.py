@@ -41,7 +41,7 @@ class RunView:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedSet:
-    """Retrieval of several runs on sets of one name. rows: direction, score, and for each run R@1 with its interval."""
+    """Retrieval of several runs on sets of one name. rows: direction, score, and for each run R@1 and its interval."""
 
     name: str
     runs: list[str]
@@ -125,7 +125,7 @@ def _figures(run: RunHistory) -> dict[str, str]:
     for evaluated in run.sets:
         row = overview.headline_row(run, evaluated.result["metrics"])
         if row is not None:
-            found[f"R@1 {evaluated.name}"] = overview.percent(row["recall_at_1"])
+            found[f"R@1 {evaluated.name}"] = f"{overview.percent(row['recall_at_1'])} of {overview.queries(row)}"
     return found
 
 
@@ -139,7 +139,9 @@ def _compared_set(name: str, runs: Sequence[RunHistory]) -> ComparedSet:
     found: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
     for run, metrics in results.items():
         for row in metrics:
-            interval = f"{100 * row['recall_at_1_low']:.1f}–{100 * row['recall_at_1_high']:.1f}"
+            interval = (
+                f"{100 * row['recall_at_1_low']:.1f}–{100 * row['recall_at_1_high']:.1f}, {overview.queries(row)}"
+            )
             place = (f"{row['query']} → {row['candidates']}", figures.SCORE_NAMES.get(row["score"], row["score"]))
             found.setdefault(place, {})[run] = (f"{100 * row['recall_at_1']:.1f}", interval)
     rows = [(d, score, [values.get(run, ("–", "")) for run in results]) for (d, score), values in found.items()]
