@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import chaos
+from tests.chaos import __main__ as chaos
 
 
 @pytest.mark.slow
