@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import __main__ as chaos
+from tests.chaos.__main__ import main
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_runs_are_those_left_alone(tmp_path: Path) -> None:
-    assert chaos.main(["--kills", "8", "--seed", "3", "--folder", str(tmp_path)]) == 0
+    assert main(["--kills", "8", "--seed", "3", "--folder", str(tmp_path)]) == 0

@@ -17,7 +17,7 @@ from pretrain.engine import Engine
 from pretrain.signals import EXIT_RUN_AGAIN, StopRequest
 from pretrain.trainer import Trainer
 from tests.ranks import run_ranks
-from tests.test_resume import drawn, losses, state, write_config
+from tests.test_resume import drawn, losses, state, towers, write_config
 
 LEGS = [(4, 2, 2, 5), (2, 3, 4, 10), (1, 1, 1, 15), (2, 2, 2, 20)]  # ranks, ZeRO stage, chunk, last step
 NUM_STEPS = LEGS[-1][-1]
@@ -75,15 +75,6 @@ def run_legs(folder: Path, dataset: Path, legs: list[tuple[int, int, int, int]],
             assert facts["code"] == (0 if last == NUM_STEPS else EXIT_RUN_AGAIN)
             assert facts["difference"] == 0, "a resume gives each rank exactly what was saved"
     return run
-
-
-def towers(dropout: float) -> dict[str, Any]:
-    encoder = {"width": 16, "depth": 1, "num_heads": 2, "dropout": dropout}
-    return {
-        "video": {"encoder": encoder, "num_frames": 2, "size_px": 32},
-        "audio": {"encoder": {**encoder, "time_stride": 8}, "num_mels": 32, "hop_s": 0.02},
-        "text": {"encoder": encoder, "max_tokens": 16},
-    }
 
 
 @pytest.mark.slow

@@ -16,19 +16,26 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from data_pipeline.settings import UserError
 from pretrain import checkpoint
-from pretrain.checkpoint import finished_checkpoints, load_tensors, newest_whole
+from pretrain.checkpoint import StoredTensors, finished_checkpoints, load_tensors, newest_whole
 from pretrain.run_log import METRICS, read_lines
 
 NUM_STEPS, GLOBAL_BATCH, TRAIN_SAMPLES = 14, 6, 23  # an epoch ends inside a batch
 TIMES = ("time_s/", "samples_per_s")
 
 
+def towers(dropout: float) -> dict[str, Any]:
+    encoder = {"width": 16, "depth": 1, "num_heads": 2, "dropout": dropout}
+    return {
+        "video": {"encoder": encoder, "num_frames": 2, "size_px": 32},
+        "audio": {"encoder": {**encoder, "time_stride": 8}, "num_mels": 32, "hop_s": 0.02},
+        "text": {"encoder": encoder, "max_tokens": 16},
+    }
+
+
 def write_config(path: Path, dataset: Path, run: Path, **changes: Any) -> Path:
-    encoder = {"width": 16, "depth": 1, "num_heads": 2, "dropout": 0.1}
     config = {
         "run_dir": str(run),
         "seed": 5,
@@ -39,11 +46,7 @@ def write_config(path: Path, dataset: Path, run: Path, **changes: Any) -> Path:
             "num_workers": 1,
             "block_shards": 2,
         },
-        "towers": {
-            "video": {"encoder": encoder, "num_frames": 2, "size_px": 32},
-            "audio": {"encoder": {**encoder, "time_stride": 8}, "num_mels": 32, "hop_s": 0.02},
-            "text": {"encoder": encoder, "max_tokens": 16},
-        },
+        "towers": towers(dropout=0.1),
         "embedding_dim": 12,
         "objective": [{"name": "gram", "orientation": 1.0}],
         "schedule": {"num_steps": NUM_STEPS, "warmup_steps": 2},
@@ -97,7 +100,7 @@ def kill_at(config: Path, run: Path, ranks: int, step: int) -> None:
     process.communicate()
 
 
-def state(run: Path) -> dict[str, Tensor]:
+def state(run: Path) -> StoredTensors:
     return load_tensors(finished_checkpoints(run)[-1])
 
 

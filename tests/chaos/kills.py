@@ -1,78 +1,146 @@
-"""Ways to end a run that does not expect it."""
+"""The ways to kill a run, and what its launcher must do about each."""
 
 from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import time
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from pretrain.checkpoint import checkpoints_folder
-from tests.chaos.started_run import END_TIMEOUT_S, NUM_STEPS, START_TIMEOUT_S, Run, is_alive, last_step
+from tests.chaos.start import NUM_STEPS, Process, Start, last_step, require
+
+MOST_STEPS = 7  # that a start makes before it is killed
+LARGEST_FILE_BYTES = 100_000  # more than a log, less than a rank's share of a checkpoint
 
 
-def kill_all(pids: list[int]) -> None:
-    for pid in pids:
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What is killed, and at which moment."""
+
+    what: Literal["everything", "one rank", "the launcher", "a decoding process", "file growth", "the disk"]
+    when: Literal["at work", "starting", "saving", "stopping"] = "at work"
+
+    def __str__(self) -> str:
+        names = {"file growth": "no file may grow", "the disk": "the disk is full"}
+        return names.get(self.what, self.what) + ("" if self.when == "at work" else f" while {self.when}")
+
+
+DISK_FULL = Kind(what="the disk")
+KINDS = (
+    Kind(what="everything"),
+    Kind(what="everything", when="starting"),
+    Kind(what="everything", when="saving"),
+    Kind(what="everything", when="stopping"),
+    Kind(what="one rank"),
+    Kind(what="one rank", when="saving"),
+    Kind(what="the launcher"),
+    Kind(what="a decoding process"),
+    Kind(what="file growth"),
+    DISK_FULL,
+)
+
+
+def wait_for_the_moment(start: Start, kind: Kind, choice: random.Random, usual_start_s: float) -> float | None:
+    """Until a random moment of that kind. Returns the seconds to the first step, if there was one."""
+    if kind.when == "starting":
+        time.sleep(choice.random() * usual_start_s)
+        return None
+    resumed_s = start.wait_for_new_steps(choice.randint(1, MOST_STEPS))
+    time.sleep(choice.random() * 0.2)
+    if kind.when == "saving":
+        while not unfinished(start.run) and start.process.poll() is None:
+            time.sleep(0.0005)
+        time.sleep(choice.random() * 0.02)
+    elif kind.when == "stopping":
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            start.process.terminate()
+        time.sleep(choice.random() * 0.5)
+    return resumed_s
 
 
-def wait_for_a_save(start: Run) -> None:
-    """Until a checkpoint is under way, or the run ends."""
-    folder = checkpoints_folder(start.run)
-    while not any(folder.glob(".step-*.partial")) and start.process.poll() is None:
-        time.sleep(0.0005)
+def unfinished(run: Path) -> list[Path]:
+    """Checkpoints that are being written, or deleted."""
+    return list(checkpoints_folder(run).glob(".step-*.partial"))
 
 
-def kill(start: Run, how: str, choice: random.Random) -> None:
-    """Kill what `how` says, now."""
-    if how.endswith("while saving"):
-        wait_for_a_save(start)
-        time.sleep(choice.random() * 0.01)
-    who = start.processes()
-    ranks = [pid for pid, name in who.items() if name.startswith("rank")]
-    workers = [pid for pid, name in who.items() if name.startswith("worker")]
-    if how.startswith("everything"):
-        kill_all(list(who))
-    elif how.startswith("one rank"):
-        victim = choice.choice(ranks)
-        kill_all([victim])
-        code = start.process.wait(timeout=END_TIMEOUT_S)
-        if code != 0:  # 0: the victim had just finished
-            assert code == 128 + signal.SIGKILL, (code, start.said())
-            assert f"{who[victim]} of" in start.said() or start.topology.ranks == 1, start.said()
-    elif how == "the launcher":
-        kill_all([start.process.pid])
-    else:
-        kill_all([choice.choice(workers)])
-        code = start.process.wait(timeout=END_TIMEOUT_S)
-        assert code != 0 or last_step(start.run) == NUM_STEPS, start.said()
+def kill(start: Start, kind: Kind, choice: random.Random) -> bool:
+    """Do it now. Returns whether the run was hit: it may have come to its end by itself just before.
+
+    Raises:
+        Fault: the launcher did not do what it must.
+    """
+    found = start.processes()
+    if kind.what == "everything":
+        sigkill(sorted(found, key=lambda process: process.role != "launcher"))
+        return bool(found)
+    if kind.what == "the launcher":
+        sigkill([process for process in found if process.role == "launcher"])
+        return start.process.wait() == -signal.SIGKILL
+    if kind.what == "the disk":
+        return fill_the_disk(start)
+    if kind.what == "file growth":
+        return forbid_growth(start, found)
+    wanted = "rank" if kind.what == "one rank" else "worker"
+    victims = [process for process in found if process.role == wanted]
+    if not victims:
+        return False
+    victim = choice.choice(victims)
+    sigkill([victim])
+    if wanted == "worker":
+        return failed(start, 1, f"(pid {victim.pid})")
+    place = f"rank {victim.rank} of {start.topology.ranks}"
+    return failed(start, 128 + signal.SIGKILL, f"{place} was ended by SIGKILL")
 
 
-def fill_the_disk(start: Run, choice: random.Random) -> None:
-    """Leave no room, until the run has given up; then make room again."""
+def sigkill(victims: list[Process]) -> None:
+    for victim in victims:
+        with suppress(ProcessLookupError):
+            os.kill(victim.pid, signal.SIGKILL)
+
+
+def failed(start: Start, code: int, words: str) -> bool:
+    """Whether the start failed, as it must: with this code, saying these words. False: it had just come to its end."""
+    found, said = start.end(), start.said()
+    if found == 0 and last_step(start.run) == NUM_STEPS:
+        return False
+    require(found == code, f"ended with code {found} instead of {code}:\n{said}")
+    require(words in said, f"'{words}' was not said:\n{said}")
+    return True
+
+
+def fill_the_disk(start: Start) -> bool:
+    """Leave no room until the run has given up; then make room again."""
     ballast = start.run.parent / "ballast"
     try:
         with suppress(OSError), open(ballast, "wb", buffering=0) as stream:
             while True:
                 stream.write(bytes(1 << 16))
-        code = start.process.wait(timeout=START_TIMEOUT_S)
-        said = start.said()
-        assert code == 2, (code, said)
-        assert any(line.startswith("error: ") and "No space left on device" in line for line in said.splitlines()), said
+        return gives_up(start, "No space left on device")
     finally:
         ballast.unlink(missing_ok=True)
 
 
-def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + END_TIMEOUT_S
-    while alive := [pid for pid in pids if is_alive(pid)]:
-        assert time.monotonic() < deadline, f"left behind: {alive}"
-        time.sleep(0.02)
+def forbid_growth(start: Start, found: list[Process]) -> bool:
+    """No rank may write a file as large as its share of a checkpoint."""
+    for process in found:
+        if process.role == "rank":
+            with suppress(ProcessLookupError):
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (LARGEST_FILE_BYTES, LARGEST_FILE_BYTES))
+    return gives_up(start, "File too large")
 
 
-KINDS = (
-    "everything", "everything while saving", "one rank", "one rank while saving", "the launcher", "a decoding process",
-    "the disk is full",
-)  # fmt: skip
+def gives_up(start: Start, reason: str) -> bool:
+    """A mistake of the surroundings: exit code 2, and one line that says the reason."""
+    hit = failed(start, 2, reason)
+    lines = [line.rpartition(" | ")[2] for line in start.said().splitlines()]
+    require(
+        not hit or any(line.startswith("error: ") and reason in line for line in lines),
+        f"no line says '{reason}':\n{start.said()}",
+    )
+    return hit

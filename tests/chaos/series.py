@@ -1,114 +1,127 @@
-"""Runs that are killed again and again, and what must hold of them."""
+"""Runs that are killed again and again, and compared with one that was left alone."""
 
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pretrain.checkpoint import finished_checkpoints, newest_whole
-from tests.chaos.kills import KINDS, fill_the_disk, kill, wait_until_gone
-from tests.chaos.started_run import NUM_STEPS, Run, Topology, last_step
+from tests.chaos.comparison import GLOBAL_BATCH, TRAIN_SAMPLES, check_bitwise, check_close
+from tests.chaos.kills import DISK_FULL, KINDS, MOST_STEPS, Kind, kill, unfinished, wait_for_the_moment
+from tests.chaos.start import NUM_STEPS, Start, Topology, last_step, require
 from tests.small_dataset import write_dataset
-from tests.test_resume import drawn, losses, state, write_config
+from tests.test_resume import towers, write_config
 
-GLOBAL_BATCH, TRAIN_SAMPLES = 8, 23
-CURVE_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-5  # SGD on other topologies
 SAME = Topology(ranks=2, zero_stage=2, chunk=1)
+ALONE = Topology(ranks=1, zero_stage=0, chunk=GLOBAL_BATCH)
+FIRST_START_S = 15.0  # a guess, until one was measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Runs of one kind. changes: to the config of tests.test_resume."""
+    """Runs of one kind. Dropout follows the chunks, so it is off where they change."""
 
     name: str
-    changes: dict[str, Any]
     same_topology: bool
+    optimizer: dict[str, Any]
+    share: int  # of the kills
 
-
-def encoders(dropout: float) -> dict[str, Any]:
-    encoder = {"width": 16, "depth": 1, "num_heads": 2, "dropout": dropout}
-    return {
-        "video": {"encoder": encoder, "num_frames": 2, "size_px": 32},
-        "audio": {"encoder": {**encoder, "time_stride": 8}, "num_mels": 32, "hop_s": 0.02},
-        "text": {"encoder": encoder, "max_tokens": 16},
-    }
+    @property
+    def changes(self) -> dict[str, Any]:
+        """To the config of tests.test_resume."""
+        return {"towers": towers(dropout=0.1 if self.same_topology else 0.0), "optimizer": self.optimizer}
 
 
 SERIES = (
-    Series(name="same topology", changes={"towers": encoders(0.1)}, same_topology=True),
-    Series(
-        name="other topologies",
-        changes={"towers": encoders(0.0), "optimizer": {"name": "sgd", "lr": 1e-2}},
-        same_topology=False,
-    ),
+    Series(name="same topology", same_topology=True, optimizer={"name": "adamw"}, share=2),
+    Series(name="other topologies, SGD", same_topology=False, optimizer={"name": "sgd", "lr": 1e-2}, share=1),
+    Series(name="other topologies, AdamW", same_topology=False, optimizer={"name": "adamw"}, share=1),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """One kill and the start after it. ended_s: from the kill until no process was left. resumed_s: from the next start
-    to its first new step."""
+    """One kill and the start after it.
+
+    step: the last one in the log. ended_s: from the kill until no process was left. resumed_s: from the next command to
+    its first new step; None: it was killed before. torn: a checkpoint was under way.
+    """
 
     series: str
-    how: str
+    kind: Kind
     topology: Topology
     step: int
     ended_s: float
-    resumed_s: float = float("nan")
-
-
-def random_topology(choice: random.Random) -> Topology:
-    ranks = choice.choice([1, 2, 4])
-    chunks = [chunk for chunk in (1, 2, 4) if (GLOBAL_BATCH // ranks) % chunk == 0]
-    return Topology(ranks=ranks, zero_stage=choice.randrange(4), chunk=choice.choice(chunks))
+    torn: bool
+    resumed_s: float | None = None
 
 
 class Chaos:
-    """Series of kills in one folder."""
+    """Series of kills in one folder.
 
-    def __init__(self, folder: Path, seed: int, can_fill: bool, say: Callable[[str], None]) -> None:
-        self.folder, self.say = folder, say
+    Args:
+        disk: where the runs lie; may be filled up where `can_fill`. outputs: where what they say goes.
+    """
+
+    def __init__(self, disk: Path, outputs: Path, seed: int, can_fill: bool, say: Callable[[str], None]) -> None:
+        self.disk, self.outputs, self.say = disk, outputs, say
         self.choice = random.Random(seed)
-        self.kinds = [kind for kind in KINDS if can_fill or kind != "the disk is full"]
-        self.dataset = write_dataset(folder / "data", {"train": TRAIN_SAMPLES, "val": 9})
+        self.kinds = [kind for kind in KINDS if can_fill or kind != DISK_FULL]
+        self.dataset = write_dataset(outputs / "data", {"train": TRAIN_SAMPLES, "val": 9})
         self.kills: list[Kill] = []
-        self.numbers: dict[str, float] = {}
-        self._bag: list[str] = []
+        self.apart: dict[str, float] = {}
+        self.usual_start_s = FIRST_START_S
+        self._bag: list[Kind] = []
 
-    def next_kind(self) -> str:
+    def run(self, num_kills: int) -> None:
+        """Kill `num_kills` times in all.
+
+        Raises:
+            Fault: something does not hold.
+        """
+        shares, begun = sum(series.share for series in SERIES), 0
+        for series in SERIES:
+            until = begun + series.share
+            self._series(series, num_kills * until // shares - num_kills * begun // shares)
+            begun = until
+
+    def _series(self, series: Series, num_kills: int) -> None:
+        if num_kills == 0:
+            return
+        alone, config = self._new_run(series, "alone")
+        self._finish(config, alone, SAME if series.same_topology else ALONE)
+        self.say(f"{series.name}: a run was left alone; {num_kills} kills")
+        goal = len(self.kills) + num_kills
+        while len(self.kills) < goal:
+            run, config = self._new_run(series, f"killed after {len(self.kills)}")
+            while len(self.kills) < goal and last_step(run) < NUM_STEPS - 2 * MOST_STEPS:
+                self._one_kill(series, config, run)
+            self._remember(self._finish(config, run, self._topology(series)))
+            self._compare(series, run, alone)
+            shutil.rmtree(run.parent)  # the disk is small
+        shutil.rmtree(alone.parent)
+
+    def _topology(self, series: Series) -> Topology:
+        if series.same_topology:
+            return SAME
+        ranks = self.choice.choice([1, 2, 4])
+        chunks = [chunk for chunk in (1, 2, 4) if (GLOBAL_BATCH // ranks) % chunk == 0]
+        return Topology(ranks=ranks, zero_stage=self.choice.randrange(4), chunk=self.choice.choice(chunks))
+
+    def _next_kind(self) -> Kind:
         """Every kind as often as any other, in random order."""
         if not self._bag:
             self._bag = self.choice.sample(self.kinds, len(self.kinds))
         return self._bag.pop()
 
-    def series(self, series: Series, num_kills: int) -> None:
-        """Kill runs of a series `num_kills` times in all; compare each with one that was left alone."""
-        alone, config = self._new_run(series, "alone")
-        reference = SAME if series.same_topology else Topology(ranks=1, zero_stage=0, chunk=GLOBAL_BATCH)
-        Run(config, alone, reference).finish()
-        done = 0
-        while done < num_kills:
-            run, config = self._new_run(series, f"killed-{done}")
-            while done < num_kills and last_step(run) < NUM_STEPS - 5:
-                self._one_kill(series, config, run)
-                done += 1
-            last = Run(config, run, self._topology(series))
-            _, resumed_s = last.wait_for_new_steps(1)
-            last.finish()
-            self._remember(resumed_s)
-            self._compare(series, run, alone)
-
-    def _topology(self, series: Series) -> Topology:
-        return SAME if series.same_topology else random_topology(self.choice)
-
     def _new_run(self, series: Series, name: str) -> tuple[Path, Path]:
-        folder = self.folder / f"{series.name} {name}"
+        folder = self.disk / f"{series.name} {name}"
         folder.mkdir()
         config = write_config(
             folder / "config.yaml", self.dataset, folder / "run", schedule={"num_steps": NUM_STEPS, "warmup_steps": 2},
@@ -117,56 +130,66 @@ class Chaos:
         )  # fmt: skip
         return folder / "run", config
 
-    def _one_kill(self, series: Series, config: Path, run: Path) -> None:
-        how, topology = self.next_kind(), self._topology(series)
-        start = Run(config, run, topology)
-        _, resumed_s = start.wait_for_new_steps(self.choice.randint(1, 7))
-        self._remember(resumed_s)
-        time.sleep(self.choice.random() * 0.2)
-        pids = list(start.processes())
-        killed = time.monotonic()
-        if how == "the disk is full":
-            fill_the_disk(start, self.choice)
-        else:
-            kill(start, how, self.choice)
-        wait_until_gone([*pids, *start.processes()])
-        start.process.wait()
-        ended_s = time.monotonic() - killed
-        step = last_step(run)
-        self.kills.append(Kill(series=series.name, how=how, topology=topology, step=step, ended_s=ended_s))
-        found, notes = newest_whole(run)
-        assert not notes, f"a kill left a damaged checkpoint: {notes}"
-        assert found is not None or step <= 2 * 3, f"no checkpoint after step {step}"
-        self.say(f"kill {len(self.kills)}: {how}, {topology}, step {step}, gone after {ended_s:.1f} s")
+    def _start(self, config: Path, run: Path, topology: Topology) -> Start:
+        return Start(config, run, topology, self.outputs / f"{run.parent.name} {len(self.kills)}.txt")
 
-    def _remember(self, resumed_s: float) -> None:
+    def _finish(self, config: Path, run: Path, topology: Topology) -> float | None:
+        """Let a run come to its end. Returns the seconds to its first new step."""
+        with closing(self._start(config, run, topology)) as start:
+            resumed_s = start.wait_for_new_steps(1)
+            code = start.end()
+            require(code == 0, f"ended with code {code}:\n{start.said()}")
+            start.wait_until_gone()
+        return resumed_s
+
+    def _one_kill(self, series: Series, config: Path, run: Path) -> None:
+        kind, topology = self._next_kind(), self._topology(series)
+        with closing(self._start(config, run, topology)) as start:
+            self._remember(wait_for_the_moment(start, kind, self.choice, self.usual_start_s))
+            before = max((step_of(path) for path in finished_checkpoints(run)), default=0)
+            killed, torn = time.monotonic(), bool(unfinished(run))
+            hit = kill(start, kind, self.choice)
+            start.wait_until_gone()
+            ended_s = time.monotonic() - killed
+        after = newest_step(run)
+        require(after >= before, f"the newest checkpoint was of step {before}, and is of step {after} after the kill")
+        if not hit:
+            self.say(f"{kind}: the run had come to its end")
+            self._bag.append(kind)
+            return
+        torn = torn or bool(unfinished(run))
+        step = last_step(run)
+        self.kills.append(Kill(series=series.name, kind=kind, topology=topology, step=step, ended_s=ended_s, torn=torn))
+        self.say(f"kill {len(self.kills)}: {kind}, {topology}, step {step}, all gone after {ended_s:.1f} s")
+
+    def _remember(self, resumed_s: float | None) -> None:
         """Seconds from this start to its first step: of the kill before it."""
-        if self.kills and self.kills[-1].resumed_s != self.kills[-1].resumed_s:
-            last = self.kills[-1]
-            self.kills[-1] = replace(last, resumed_s=resumed_s)
+        if resumed_s is None:
+            return
+        self.usual_start_s = resumed_s
+        if self.kills and self.kills[-1].resumed_s is None:
+            self.kills[-1] = replace(self.kills[-1], resumed_s=resumed_s)
 
     def _compare(self, series: Series, run: Path, alone: Path) -> None:
-        """What must hold of a run that was killed."""
-        samples = drawn(run)
-        assert samples == drawn(alone), "other samples"
-        for epoch in range(NUM_STEPS * GLOBAL_BATCH // TRAIN_SAMPLES):
-            keys = [key for _, e, key in samples if e == epoch]
-            assert len(keys) == len(set(keys)) == TRAIN_SAMPLES, f"epoch {epoch}"
-        leftovers = [path for path in run.rglob("*.partial") if path.is_file() or path.is_dir()]
-        assert not leftovers, leftovers
-        found, wanted = losses(run), losses(alone)
-        assert [record["step"] for record in found] == list(range(1, NUM_STEPS + 1))
-        ours, theirs = state(run), state(alone)
         if series.same_topology:
-            assert found == wanted, "other numbers in metrics.jsonl"
-            assert [p.name for p in finished_checkpoints(run)] == [p.name for p in finished_checkpoints(alone)]
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), "other weights or moments"
-            return
-        curve = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(found, wanted, strict=True))
-        names = [name for name in theirs if name.startswith("weight/")]
-        size = torch.stack([theirs[name].norm() for name in names]).norm()
-        weights = float(torch.stack([(ours[name] - theirs[name]).norm() for name in names]).norm() / size)
-        for name, value, limit in (("loss", curve, CURVE_TOLERANCE), ("weights", weights, WEIGHT_TOLERANCE)):
-            self.numbers[name] = max(self.numbers.get(name, 0.0), value)
-            assert value <= limit, f"{name} {value:.2g} apart"
+            check_bitwise(run, alone)
+        else:
+            for what, value in check_close(run, alone, series.optimizer["name"]).items():
+                self.apart[what] = max(self.apart.get(what, 0.0), value)
+        self.say("compared with the run that was left alone: as it must be")
+
+
+def newest_step(run: Path) -> int:
+    """The step of the checkpoint that a run would go on from; 0: none.
+
+    Raises:
+        Fault: one is damaged.
+    """
+    found, notes = newest_whole(run)
+    require(not notes, f"a kill left a damaged checkpoint: {notes}")
+    return 0 if found is None else step_of(found)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was saved."""
+    return int(checkpoint.name.removeprefix("step-"))
