@@ -235,6 +235,11 @@ def read_dataset_json(folder: Path | str) -> dict[str, Any]:
     return info
 
 
+def sample_name(row: dict[str, Any]) -> str:
+    """What a person calls a sample: the id of its manifest row, and which clip of that where it is not the first."""
+    return row["row_id"] if row["clip_index"] == 0 else f"{row['row_id']} #{row['clip_index'] + 1}"
+
+
 class ShardedDataset:
     """The samples of one split, by position: `index` is a table with a row a sample in shard order.
 
