@@ -265,6 +265,16 @@ def test_evaluate_adds_its_split(copied: Path, small_dataset: Path) -> None:
     assert json.loads((copied / "evaluation-train.json").read_text())["step"] == kept.step
 
 
+def test_the_validation_split_is_not_shown_twice(tmp_path: Path, small_dataset: Path) -> None:
+    run = made_run(tmp_path, small_dataset, 8, split="val")
+    newest = read_lines(run / VALIDATION)[-1]
+    evaluated = {**newest, "checkpoint": "step-00000003", "data": str(small_dataset), "split": "val"}
+    cases = [({}, ["val"]), ({"step": 1}, ["validation", "val"]), ({"data": "other"}, ["validation", "val"])]
+    for changes, names in cases:
+        (run / "evaluation-val.json").write_text(json.dumps(evaluated | changes))
+        assert [one.name for one in read_run(run).sets] == names
+
+
 def test_two_runs_are_compared(trained: Path, copied: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((copied / "config.yaml").read_text())
     config["optimizer"]["lr"] = 0.5
