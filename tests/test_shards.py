@@ -17,7 +17,7 @@ import webdataset
 
 from data_pipeline.config import ShardConfig
 from data_pipeline.dataset import assemble
-from data_pipeline.manifest import Caption, ManifestRow
+from data_pipeline.manifest_row import Caption, ManifestRow
 from data_pipeline.plan import extend_plan
 from data_pipeline.settings import UserError, check_settings
 from data_pipeline.shards import ShardedDataset
