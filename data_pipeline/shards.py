@@ -223,7 +223,11 @@ def read_dataset_json(folder: Path | str) -> dict[str, Any]:
         raise UserError(f"dataset {folder}: no such folder; expected the output of 'parallelotope shard'")
     path = folder / "dataset.json"
     if not path.is_file():
-        raise UserError(f"dataset {folder}: no dataset.json: sharding has not finished; run 'parallelotope shard'")
+        if (folder / "plan").is_dir():
+            raise UserError(f"dataset {folder}: no dataset.json: sharding has not finished; run 'parallelotope shard'")
+        near = [place for place in (folder.parent, *sorted(folder.glob("*/"))) if (place / "dataset.json").is_file()]
+        hint = f"did you mean {near[0]}?" if near else "expected the output of 'parallelotope shard'"
+        raise UserError(f"dataset {folder}: no dataset.json, and nothing else that sharding writes; {hint}")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         version = info["schema_version"]

@@ -55,6 +55,8 @@ def check_data(config: RunConfig, ranks: int) -> None:
         shards = read_dataset_json(part.path)["shards"]
         splits = {shard["split"] for shard in shards}
         if part.split not in splits:
+            if not splits:
+                raise UserError(f"{place} holds no sample: every row was rejected, see its rejects.parquet")
             raise UserError(f"{place} has no split '{part.split}'; {nearest(part.split, splits)}")
         num_samples = sum(shard["num_samples"] for shard in shards if shard["split"] == part.split)
         needed = 1 if part is config.data.train else ranks
