@@ -140,7 +140,7 @@ def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> set[str]:
         found: set[type[BaseModel]] = set()
         for candidate in models:
             field = candidate.model_fields.get(str(part))
-            found |= _models_in(field.annotation) if field is not None else set()
+            found |= models_in(field.annotation) if field is not None else set()
         tagged = {m for m in models if "name" in m.model_fields and m.model_fields["name"].default == part}
         models = found or tagged or models  # a union's tag chooses one of its models; a list index changes nothing
     return {name for candidate in models for name in candidate.model_fields}
@@ -154,8 +154,9 @@ def _paths_to(model: type[BaseModel], location: tuple[Any, ...]) -> str:
     return " or ".join(f"'{'.'.join([*parents, key, name])}'" for key in found)
 
 
-def _models_in(annotation: Any) -> set[type[BaseModel]]:
+def models_in(annotation: Any) -> set[type[BaseModel]]:
+    """The models that a field of this type may hold: itself, of a list, of a union."""
     plain_class = isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias)
     if plain_class and issubclass(annotation, BaseModel):
         return {annotation}
-    return {model for part in typing.get_args(annotation) for model in _models_in(part)}
+    return {model for part in typing.get_args(annotation) for model in models_in(part)}
