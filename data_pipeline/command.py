@@ -13,7 +13,10 @@ from data_pipeline.settings import load_settings
 
 def shard(
     config: Annotated[Path, typer.Argument(help="A YAML file, as configs/your-videos/shard.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Values that replace the file's, as a.b=value.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Values that replace the file's, as a.b=value; 'parallelotope keys shard' lists them."),
+    ] = None,
 ) -> None:
     """Turn a manifest into WebDataset shards with Ray. Run again, it does only what is missing."""
     settings = load_settings(ShardConfig, config, overrides or [])

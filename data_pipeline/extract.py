@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.config import ShardConfig
 from data_pipeline.filters import Reason, Rejected, Rejection, check_present, length_problem
-from data_pipeline.manifest import ManifestRow
+from data_pipeline.manifest_row import ManifestRow
 from data_pipeline.media import Media
 from data_pipeline.picture import PictureClip, copy_pictures, encode_pictures, encode_still
 from data_pipeline.segment import Clip, cut_clips

@@ -7,66 +7,22 @@ manifest that cannot be read is an error of its author.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import digest_of
 from data_pipeline.filters import Reason, Rejected
 from data_pipeline.hold_out import held_out_split
+from data_pipeline.manifest_remarks import remarks_on
+from data_pipeline.manifest_row import Caption, ManifestRow
 from data_pipeline.raw_rows import Unusable, as_list, foreign_files, read_rows
 from data_pipeline.settings import UserError
 
 CONTENT = ("video", "audio", "image", "subtitles", "captions")
 COLUMNS = ("id", *CONTENT, "start_s", "end_s", "split", "weight")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Caption:
-    """A text about a clip, and who made it (human, asr, ...) when that is known."""
-
-    text: str
-    source: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ManifestRow:
-    """One line of a manifest; paths as written there. `problem` is (reason, detail) of a row that cannot be used."""
-
-    id: str
-    video: str | None = None
-    audio: str | None = None
-    image: str | None = None
-    subtitles: str | None = None
-    captions: tuple[Caption, ...] = ()
-    start_s: float | None = None
-    end_s: float | None = None
-    split: str = "train"
-    weight: float = 1.0
-    metadata: dict[str, Any] = field(default_factory=dict)
-    problem: tuple[str, str] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The row as plain values; `from_json` reads it."""
-        values = json.loads(json.dumps(asdict(self)))
-        assert isinstance(values, dict)
-        return values
-
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> ManifestRow:
-        """The inverse of `to_json`."""
-        captions = tuple(Caption(**caption) for caption in values["captions"])
-        problem = tuple(values["problem"]) if values["problem"] else None
-        return ManifestRow(**{**values, "captions": captions, "problem": problem})
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of everything in the row."""
-        return digest_of(self.to_json())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +32,7 @@ class Manifest:
     rows: tuple[ManifestRow, ...]
     base: str
     foreign_files: tuple[str, ...] = ()  # of a folder: those that belong to no row
+    remarks: tuple[str, ...] = ()  # a line each: what may not be meant as it is read
 
     @property
     def metadata_columns(self) -> list[str]:
@@ -98,7 +55,8 @@ def read_manifest(location: str, hold_out: Mapping[str, float] | None = None) ->
         close = _nearly(name, columns)
         if close is not None:
             raise UserError(
-                f"manifest {location}: column '{name}' is nearly '{close}'; rename it to that, or further away"
+                f"manifest {location}: column '{name}' is nearly '{close}'; rename it to '{close}' if you mean that, "
+                "else to something less like it"
             )
     if columns and not columns & set(CONTENT):
         raise UserError(
@@ -107,7 +65,8 @@ def read_manifest(location: str, hold_out: Mapping[str, float] | None = None) ->
         )
     rows = (_to_row(values, number, hold_out or {}) for number, values in enumerate(raw, 1))
     foreign = tuple(foreign_files(Path(location))) if os.path.isdir(location) else ()
-    return Manifest(rows=tuple(_unique(rows)), base=base, foreign_files=foreign)
+    unique = tuple(_unique(rows))
+    return Manifest(rows=unique, base=base, foreign_files=foreign, remarks=tuple(remarks_on(unique)))
 
 
 def _nearly(name: str, columns: set[str]) -> str | None:

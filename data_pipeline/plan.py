@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import ShardConfig, digest_of
-from data_pipeline.manifest import ManifestRow
+from data_pipeline.manifest_row import ManifestRow
 from data_pipeline.settings import UserError
 from data_pipeline.shards import SCHEMA_VERSION, partial_path, publish
 

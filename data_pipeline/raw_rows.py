@@ -6,6 +6,7 @@ import csv
 import difflib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -69,7 +70,9 @@ def _read_file(location: str) -> list[Any]:
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"manifest {location}: not readable as {kind}: {' '.join(str(error).split())}") from error
     if kind == "csv":
-        return [_check_csv(row) for row in csv.DictReader(StringIO(text, newline=""))]
+        table = csv.DictReader(StringIO(text, newline=""))
+        _check_separator(location, table.fieldnames or [])
+        return [_check_csv(row) for row in table]
     return [_parse_json(line) for line in text.split("\n") if line.strip()]
 
 
@@ -80,6 +83,14 @@ def _nearest_beside(path: Path) -> str:
         return f"; there is no folder {parent} either"
     close = difflib.get_close_matches(path.name, os.listdir(parent), n=1, cutoff=0.6)
     return f"; did you mean '{parent / close[0]}'?" if close else ""
+
+
+def _check_separator(location: str, columns: Sequence[str]) -> None:
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(columns) == 1 and separator in columns[0]:
+            raise UserError(
+                f"manifest {location}: one column, {columns[0]!r}; expected columns separated by commas, found {name}"
+            )
 
 
 def _check_csv(row: dict[str | None, Any]) -> Any:

@@ -30,8 +30,10 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A clause that names the closest valid name, and all of them: "did you mean 'lr'? (valid: lr, seed)"."""
+    """A clause that names the closest valid name, and all: "did you mean 'lr'? (valid: lr, seed)"; "there is none"."""
     names = sorted(valid)
+    if not names:
+        return "there is none"
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     guess = f"did you mean '{close[0]}'? " if close else ""
     return f"{guess}(valid: {', '.join(names)})"
@@ -120,7 +122,9 @@ def _explain(model: type[BaseModel], mistake: Any) -> str:
     where = ".".join(str(part) for part in location) or "(top level)"
     found = mistake["input"]
     if mistake["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {nearest(str(location[-1]), _keys_at(model, location[:-1]))}"
+        valid, deeper = _keys_at(model, location[:-1]), _paths_to(model, location)
+        hint = f"did you mean {deeper}? (valid here: {', '.join(sorted(valid))})" if deeper else ""
+        return f"{where}: unknown key; {hint or nearest(str(location[-1]), valid)}"
     if mistake["type"] == "missing":
         return f"{where}: missing; expected a value"
     message = str(mistake["msg"]).removeprefix("Value error, ")
@@ -136,14 +140,23 @@ def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> set[str]:
         found: set[type[BaseModel]] = set()
         for candidate in models:
             field = candidate.model_fields.get(str(part))
-            found |= _models_in(field.annotation) if field is not None else set()
+            found |= models_in(field.annotation) if field is not None else set()
         tagged = {m for m in models if "name" in m.model_fields and m.model_fields["name"].default == part}
         models = found or tagged or models  # a union's tag chooses one of its models; a list index changes nothing
     return {name for candidate in models for name in candidate.model_fields}
 
 
-def _models_in(annotation: Any) -> set[type[BaseModel]]:
+def _paths_to(model: type[BaseModel], location: tuple[Any, ...]) -> str:
+    """Where a key of that very name stands one level deeper: "'data.train.path' or 'data.validation.path'"."""
+    *parents, name = (str(part) for part in location)
+    beside = sorted(_keys_at(model, location[:-1]))
+    found = [key for key in beside if name in _keys_at(model, (*location[:-1], key)) - set(beside)]
+    return " or ".join(f"'{'.'.join([*parents, key, name])}'" for key in found)
+
+
+def models_in(annotation: Any) -> set[type[BaseModel]]:
+    """The models that a field of this type may hold: itself, of a list, of a union."""
     plain_class = isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias)
     if plain_class and issubclass(annotation, BaseModel):
         return {annotation}
-    return {model for part in typing.get_args(annotation) for model in _models_in(part)}
+    return {model for part in typing.get_args(annotation) for model in models_in(part)}

@@ -41,9 +41,7 @@ def read_dataset_json(location: Path | str) -> dict[str, Any]:
     try:
         text = read_file(location, "dataset.json")
     except FileNotFoundError as error:
-        raise UserError(
-            f"dataset {location}: no dataset.json: sharding has not finished; run 'parallelotope shard'"
-        ) from error
+        raise UserError(f"dataset {location}: {_why_nothing(location)}") from error
     try:
         info = json.loads(text)
         version = info["schema_version"]
@@ -55,6 +53,24 @@ def read_dataset_json(location: Path | str) -> dict[str, Any]:
         )
     assert isinstance(info, dict)
     return info
+
+
+def _why_nothing(location: Path | str) -> str:
+    """Why there is no dataset.json, and where one is near."""
+    if is_url(str(location)):
+        return "no dataset.json there; expected the output of 'parallelotope shard'"
+    folder = Path(location)
+    if (folder / "plan").is_dir():
+        return "no dataset.json: sharding has not finished; run 'parallelotope shard'"
+    near = [place for place in (folder.parent, *sorted(folder.glob("*/"))) if (place / "dataset.json").is_file()]
+    hint = f"did you mean {near[0]}?" if near else "expected the output of 'parallelotope shard'"
+    return f"no dataset.json, and nothing else that sharding writes; {hint}"
+
+
+def sample_name(row: dict[str, Any]) -> str:
+    """What a person calls a sample: the id of its manifest row, and which clip of that where it is not the first."""
+    name: str = row["row_id"]
+    return name if row["clip_index"] == 0 else f"{name} #{row['clip_index'] + 1}"
 
 
 def shards_of(location: Path | str, split: str | None) -> list[ShardInfo]:

@@ -56,6 +56,8 @@ def shard_dataset(config: ShardConfig) -> ShardingResult:
             progress.say(f"{rows} in {config.manifest}: {num_tasks}, {len(tasks) - len(missing)} done")
             if manifest.metadata_columns:
                 progress.say(f"other columns, carried along as metadata: {', '.join(manifest.metadata_columns)}")
+            for remark in manifest.remarks:
+                progress.say(f"remark: {remark}")
             if manifest.foreign_files:
                 shown = ", ".join(manifest.foreign_files[:3]) + (", ..." if len(manifest.foreign_files) > 3 else "")
                 num_foreign = counted(len(manifest.foreign_files), "file")

@@ -15,7 +15,14 @@ A sample's member in slot `video` or `audio` is read by offset, without reading 
 from data_pipeline.location import dataset_name, is_url, join_location
 from data_pipeline.published_file import file_sha256, partial_path, publish, write_json
 from data_pipeline.shard_cache import DEFAULT_CACHE_GIB, GIB, ShardCache
-from data_pipeline.shard_reader import ShardedDataset, read_dataset_json, read_file, shards_digest, shards_of
+from data_pipeline.shard_reader import (
+    ShardedDataset,
+    read_dataset_json,
+    read_file,
+    sample_name,
+    shards_digest,
+    shards_of,
+)
 from data_pipeline.shard_schema import (
     INDEX_SCHEMA,
     REJECTS_SCHEMA,
@@ -50,6 +57,7 @@ __all__ = [
     "publish",
     "read_dataset_json",
     "read_file",
+    "sample_name",
     "shards_digest",
     "shards_of",
     "write_json",

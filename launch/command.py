@@ -22,7 +22,10 @@ from pretrain.config import RunConfig
 from pretrain.preflight import Accept, check_run, with_accepted
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML of pretrain.config.RunConfig.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Keys to change: train.chunk=64 ...")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Keys to change: train.chunk=64 ...; 'parallelotope keys pretrain' lists them."),
+]
 
 
 def local(

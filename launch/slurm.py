@@ -155,5 +155,5 @@ def submit(script: Path) -> str:
         ["sbatch", "--parsable", str(script)], capture_output=True, text=True, env=clean_environment(os.environ)
     )
     if done.returncode != 0:
-        raise UserError(f"launch slurm: sbatch refuses {script}: {' '.join(done.stderr.split())}")
+        raise UserError(f"launch slurm: sbatch refuses the job: {' '.join(done.stderr.split())}")
     return done.stdout.strip().split(";")[0]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import yaml
 
-from data_pipeline.settings import load_settings
+from data_pipeline.settings import UserError, load_settings
 from launch.command import ConfigPath, Overrides, make_folder
 from launch.rendezvous import say
 from launch.slurm import SlurmJob, parse_option, render_script, submit
@@ -87,9 +88,26 @@ def slurm(
 
 
 def _write_and_submit(run_dir: Path, settings: RunConfig, script: str) -> str:
-    """Put config and script into the run folder and queue the script; returns the job's id."""
-    make_folder(run_dir / "logs", settings.run_dir)
+    """Put config and script into the run folder and queue the script; returns the job's id.
+
+    A job that is refused leaves the folder as it was: what an earlier job reads from it stays.
+    """
     content = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (run_dir / CONFIG).write_text(content, encoding="utf-8")
-    (run_dir / SCRIPT).write_text(script, encoding="utf-8")
-    return submit(run_dir / SCRIPT)
+    texts = {run_dir / CONFIG: content, run_dir / SCRIPT: script}
+    before = {path: path.read_bytes() for path in texts if path.is_file()}
+    made = [folder for folder in (run_dir / "logs", run_dir, *run_dir.parents) if not folder.exists()]
+    make_folder(run_dir / "logs", settings.run_dir)
+    try:
+        for path, text in texts.items():
+            path.write_text(text, encoding="utf-8")
+        return submit(run_dir / SCRIPT)
+    except UserError:
+        for path in texts:
+            if path in before:
+                path.write_bytes(before[path])
+            else:
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else has begun to use it
+            for folder in made:
+                folder.rmdir()
+        raise

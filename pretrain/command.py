@@ -17,7 +17,10 @@ from pretrain.signals import StopRequest
 
 def pretrain(
     config: Annotated[Path, typer.Argument(help="YAML of pretrain.config.RunConfig.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Keys to change: train.chunk=64 ...")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys to change: train.chunk=64 ...; 'parallelotope keys pretrain' lists them."),
+    ] = None,
     accept: Accept = None,
 ) -> None:
     """Train the towers of CONFIG on this rank; the same command resumes.

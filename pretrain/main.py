@@ -32,6 +32,7 @@ COMMANDS = {
     "demo-corpus": Entry(target="data_pipeline.demo_corpus.command:demo_corpus", help="Write procedural video clips."),
     "shard": Entry(target="data_pipeline.command:shard", help="Turn a manifest into WebDataset shards with Ray."),
     "verify": Entry(target="data_pipeline.command:verify", help="Re-read every byte of a sharded dataset."),
+    "keys": Entry(target="launch.keys:keys", help="Every key of a shard or pretrain config."),
     "inspect": Entry(target="pretrain.inspection.command:inspect", help="What a dataset holds and the model will see."),
     "pretrain": Entry(target="pretrain.command:pretrain", help="Train the towers of a config on this rank."),
     "replay": Entry(target="pretrain.replay_command:replay", help="Make one recorded step again and look into it."),

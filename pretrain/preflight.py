@@ -59,6 +59,8 @@ def _num_samples(place: str, part: SplitConfig, needed: int) -> int:
     place = f"{place}: dataset {part.path}"
     shards = read_dataset_json(part.path)["shards"]
     splits = {shard["split"] for shard in shards}
+    if not splits:
+        raise UserError(f"{place} holds no sample: every row was rejected, see its rejects.parquet")
     if part.split not in splits:
         raise UserError(f"{place} has no split '{part.split}'; {nearest(part.split, splits)}")
     num_samples = sum(shard["num_samples"] for shard in shards if shard["split"] == part.split)

@@ -15,7 +15,7 @@ from data_pipeline.config import ShardConfig
 from data_pipeline.decode import read_frames, read_image, read_sound
 from data_pipeline.extract import extract_row, sample_key
 from data_pipeline.filters import Reason, Rejection
-from data_pipeline.manifest import Caption, ManifestRow
+from data_pipeline.manifest_row import Caption, ManifestRow
 from data_pipeline.settings import check_settings
 from data_pipeline.shards import Sample
 from tests.media import decode_pictures, write_clip, write_panning, write_wav

@@ -318,6 +318,13 @@ def test_missing_data_folder_is_named(tmp_path: Path) -> None:
         check_run(config, 2)
 
 
+def test_a_dataset_without_samples_is_named(tmp_path: Path) -> None:
+    config = RunConfig.model_validate(config_of(tmp_path))
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"schema_version": SCHEMA_VERSION, "shards": []}))
+    with pytest.raises(UserError, match="data holds no sample: every row was rejected"):
+        check_run(config, 2)
+
+
 def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     done = launch_local(tmp_path, "--ranks", "2", "--dry-run", "seed=3")
     assert done.returncode == 0, done.stderr

@@ -257,6 +257,23 @@ def test_mistakes_are_a_line(small_dataset: Path, tmp_path: Path, options: list[
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_refused_job_leaves_the_folder_as_it_was(small_dataset: Path, tmp_path: Path) -> None:
+    programs, run = tmp_path / "bin", tmp_path / "runs" / "new" / "run"
+    programs.mkdir()
+    (programs / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    (programs / "sbatch").chmod(0o755)
+    config = write_config(tmp_path / "config.yaml", small_dataset, run)
+    path = f"{programs}:{os.environ['PATH']}"
+    done = launch_slurm(tmp_path, config, path=path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "sbatch refuses the job: sbatch: error: invalid partition" in done.stderr
+    assert not (tmp_path / "runs").exists()
+    run.mkdir(parents=True)
+    (run / "job.yaml").write_text("of the job that runs")
+    assert launch_slurm(tmp_path, config, path=path).returncode == 2
+    assert [(path.name, path.read_text()) for path in run.iterdir()] == [("job.yaml", "of the job that runs")]
+
+
 def test_no_value_of_the_environment_is_written_down(small_dataset: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", small_dataset, tmp_path / "run")
     command = [sys.executable, "-m", "pretrain.main", "launch", "slurm", str(config), "--dry-run"]

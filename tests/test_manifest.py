@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.filters import Reason
-from data_pipeline.manifest import Caption, ManifestRow, read_manifest
+from data_pipeline.manifest import read_manifest
+from data_pipeline.manifest_row import Caption, ManifestRow
 from data_pipeline.settings import UserError
 
 ROWS = [
@@ -151,7 +152,7 @@ def test_a_manifest_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ("my videos", "no rows; expected media in this folder: files that end in .aac"),
         ("bad.parquet", "not readable as parquet"),
         ("no_id.csv", "no column 'id'; found video"),
-        ("semicolons.csv", "no column 'id'; found id;video"),
+        ("semicolons.csv", "one column, 'id;video'; expected columns separated by commas"),
         ("caption.csv", "column 'caption' is nearly 'captions'"),
         ("foreign.csv", "expected one or more of video, audio, image, subtitles, captions, found id, path, text"),
         ("latin.jsonl", "not readable as jsonl"),
@@ -160,3 +161,30 @@ def test_a_manifest_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words) as error:
             read_manifest(str(tmp_path / name))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_another_separator_is_named(tmp_path: Path, separator: str, name: str) -> None:
+    path = tmp_path / "m.csv"
+    rows = (("id", "video", "captions"), ("a", "a.mp4", "a dog, running"))
+    path.write_text("\n".join(separator.join(row) for row in rows))
+    with pytest.raises(UserError, match=f"one column, .*; expected columns separated by commas, found {name}"):
+        read_manifest(str(path))
+
+
+def test_what_may_not_be_meant_is_remarked(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "captions": '["a dog",', "split": "train"}, {"id": "b", "captions": "['x', 'y']", "split": "Train"},
+        {"id": "c", "captions": "[three] in brackets", "split": "val"}, {"id": "d", "captions": '["x", "y"]'},
+    ]  # fmt: skip
+    lists, splits = read_manifest(write_jsonl(tmp_path / "m.jsonl", rows)).remarks
+    assert lists.startswith("2 rows with a caption that begins like a list and is none")
+    assert """the first: row 'a': '["a dog",'""" in lists
+    assert splits == "splits 'train' (2) and 'Train' (1) differ in case or spaces alone, and are different splits"
+    assert read_manifest(write_jsonl(tmp_path / "n.jsonl", rows[2:])).remarks == ()
+
+
+def test_a_column_nearly_known_is_an_error_with_both_ways_out(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "m.jsonl", [{"id": "a", "vidoe": "a.mp4"}])
+    with pytest.raises(UserError, match="'vidoe' is nearly 'video'; rename it to 'video' if you mean that, else to"):
+        read_manifest(path)

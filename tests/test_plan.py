@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.config import ShardConfig
-from data_pipeline.manifest import Caption, ManifestRow
+from data_pipeline.manifest_row import Caption, ManifestRow
 from data_pipeline.plan import Task, extend_plan, plan_tasks, read_plan
 from data_pipeline.settings import UserError, check_settings
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,8 @@ def test_retrieval_gallery_scores_and_projection_are_those_of_the_validation(tra
     for name in ("video", "audio", "text"):
         trace = page.trace("Embeddings on a plane", name)
         assert len(trace["x"]) == newest["num_present"][name]
-        assert trace["text"][0].startswith("val0-0000: ")
+        assert trace["text"][0].startswith("val0: ")
+        assert trace["text"][0].endswith(" (val0-0000)")
     for heading in ("Volume", "Cosine video – audio", "Cosine video – text", "Cosine audio – text"):
         for name in ("matched", "unmatched"):
             assert sum(page.trace(heading, name)["y"]) == pytest.approx(100, rel=1e-4)
@@ -261,6 +263,16 @@ def test_evaluate_adds_its_split(copied: Path, small_dataset: Path) -> None:
     kept = KeptEmbeddings.load(embeddings_path(copied, "evaluation-train"))
     assert (kept.split, kept.digest) == ("train", ShardedDataset(small_dataset, "train").digest)
     assert json.loads((copied / "evaluation-train.json").read_text())["step"] == kept.step
+
+
+def test_the_validation_split_is_not_shown_twice(tmp_path: Path, small_dataset: Path) -> None:
+    run = made_run(tmp_path, small_dataset, 8, split="val")
+    newest = read_lines(run / VALIDATION)[-1]
+    evaluated = {**newest, "checkpoint": "step-00000003", "data": str(small_dataset), "split": "val"}
+    cases = [({}, ["val"]), ({"step": 1}, ["validation", "val"]), ({"data": "other"}, ["validation", "val"])]
+    for changes, names in cases:
+        (run / "evaluation-val.json").write_text(json.dumps(evaluated | changes))
+        assert [one.name for one in read_run(run).sets] == names
 
 
 def test_two_runs_are_compared(trained: Path, copied: Path, tmp_path: Path) -> None:
@@ -478,6 +490,20 @@ def test_projection_is_the_same_each_time_and_says_what_it_keeps() -> None:
     mirrored = project(kept_of({"video": flat[:30] * -1, "text": flat[30:] * -1}))
     assert mirrored is not None
     torch.testing.assert_close(mirrored.points["text"], -found.points["text"])  # the axes, not their signs, are fixed
+
+
+def test_samples_go_by_the_names_of_the_manifest(tmp_path: Path) -> None:
+    samples = [make_sample(number, noisy_members(number, 0.6), 0.6) for number in range(3)]
+    named = [replace(sample, index=sample.index | {"row_id": f"my clip {n} <i>"}) for n, sample in enumerate(samples)]
+    named[2] = replace(named[2], index=named[1].index | {"clip_index": 1})
+    dataset = write_dataset(tmp_path / "data", named, samples_per_shard=4)
+    page = page_of(made_run(tmp_path, dataset, 3), out=tmp_path / "report.html")
+    titles = {attrs["title"] for _, attrs in page.tags if "title" in attrs}
+    assert titles >= {"clip-0000", "clip-0001", "clip-0002"}
+    for name in ("my clip 0 <i>", "my clip 1 <i>", "my clip 1 <i> #2"):
+        assert name in page.text
+    assert "clip-0000" not in page.text
+    assert page.trace("Embeddings on a plane", "text")["text"][0].startswith("my clip 0 ")
 
 
 def test_a_sample_says_what_it_lacks(tmp_path: Path, trained: Path) -> None:

@@ -186,7 +186,14 @@ def test_resolved_config_loads_again(tmp_path: Path) -> None:
     assert load_settings(RunConfig, again) == config
 
 
+def test_a_key_of_a_block_is_named_with_its_block(tmp_path: Path) -> None:
+    line = mistake(write(tmp_path), "data.path=elsewhere")
+    assert "data.path: unknown key; did you mean 'data.train.path' or 'data.validation.path'? (valid here: " in line
+    assert "chunk: unknown key; did you mean 'train.chunk'?" in mistake(write(tmp_path), "chunk=4")
+
+
 def test_nearest_lists_what_is_valid() -> None:
+    assert nearest("val", []) == "there is none"
     assert nearest("lrr", ["lr", "seed"]) == "did you mean 'lr'? (valid: lr, seed)"
     assert nearest("xyz", ["lr", "seed"]) == "(valid: lr, seed)"
 

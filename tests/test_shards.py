@@ -17,10 +17,10 @@ import webdataset
 
 from data_pipeline.config import ShardConfig
 from data_pipeline.dataset import assemble
-from data_pipeline.manifest import Caption, ManifestRow
+from data_pipeline.manifest_row import Caption, ManifestRow
 from data_pipeline.plan import extend_plan
 from data_pipeline.settings import UserError, check_settings
-from data_pipeline.shards import ShardedDataset
+from data_pipeline.shards import ShardedDataset, read_dataset_json
 from data_pipeline.task import finished_record, run_task
 from data_pipeline.verify import verify_dataset
 from tests.media import write_clip
@@ -181,3 +181,16 @@ def test_a_task_with_a_shorter_file_is_not_done(dataset: Path, tmp_path: Path) -
 def test_an_unfinished_dataset_is_not_verified(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no dataset\.json"):
         verify_dataset(tmp_path)
+
+
+def test_a_folder_that_never_was_a_dataset_names_one_nearby(tmp_path: Path) -> None:
+    for name in ("corpus/plan", "corpus/shards", "alone"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="sharding has not finished"):
+        read_dataset_json(tmp_path / "corpus")
+    with pytest.raises(UserError, match="nothing else that sharding writes; expected the output of"):
+        read_dataset_json(tmp_path / "alone")
+    (tmp_path / "corpus" / "dataset.json").write_text("{}")
+    for place in (tmp_path, tmp_path / "corpus" / "shards"):
+        with pytest.raises(UserError, match=f"nothing else that sharding writes; did you mean {tmp_path / 'corpus'}"):
+            read_dataset_json(place)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.settings import UserError, load_settings
-from data_pipeline.shards import ShardedDataset, is_url, join_location, write_json
+from data_pipeline.shards import ShardedDataset, is_url, join_location, sample_name, write_json
 from pretrain.config import AudioTowerConfig, AugmentConfig, RunConfig, TextTowerConfig, TowersConfig, VideoTowerConfig
 from pretrain.inspection.statistics import DatasetStatistics, SplitStatistics, Spread, describe_dataset
 
@@ -70,11 +70,14 @@ def draw_pictures(
     for number, position in enumerate(spread_evenly(len(dataset), num_samples), 1):
         row = dataset.row(position)
         batch = reader.read([position], [0], 0, 1)
-        problems += [f"{event.key}: {event.modality} cannot be read: {event.reason}" for event in batch.events]
+        problems += [
+            f"{sample_name(row)}: {event.modality} cannot be read: {event.reason} (key {event.key})"
+            for event in batch.events
+        ]
         path = folder / f"sample-{number}.png"
         save_png(draw_sample(row, batch, towers, window_s), path)
         there = ", ".join(name for name in towers.names if bool(batch.present[name][0])) or "nothing"
-        say(f"{row['key']}: {there}: {path}")
+        say(f"{sample_name(row)}: {there}: {path} (key {row['key']})")
         if tokens := token_table(row, batch, towers):
             say(f"  tokens: {' '.join(f'{piece.strip()}·{number}' for number, piece in tokens)}")
     if towers.text is not None:

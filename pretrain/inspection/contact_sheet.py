@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.decode import UndecodableMedia, read_frames, read_image, read_sound
-from data_pipeline.shards import DamagedMember, ShardedDataset
+from data_pipeline.shards import DamagedMember, ShardedDataset, sample_name
 from pretrain.inspection.drawing import FAINT, PAPER, absent, fitted, spectrogram, write
 from pretrain.towers.log_mel import LogMel, steps_in
 
@@ -51,10 +51,10 @@ def _tile(dataset: ShardedDataset, position: int, problems: list[str]) -> Image.
             draw = _picture if slot == "video" else _sound
             part = absent(TILE_PX, height, f"no {slot}") if data is None else draw(data, row)
         except (DamagedMember, UndecodableMedia) as error:
-            problems.append(f"{row['key']}: {slot} cannot be read: {error}")
+            problems.append(f"{sample_name(row)}: {slot} cannot be read: {error} (key {row['key']})")
             part = absent(TILE_PX, height, f"{slot} cannot be read")
         tile.paste(part, (0, y))
-    write(tile, (0, PICTURE_PX + SOUND_PX + 4), f"{row['key']}  {_length(row)}", 11, TILE_PX, 1, FAINT)
+    write(tile, (0, PICTURE_PX + SOUND_PX + 4), f"{_length(row)}  {sample_name(row)}", 11, TILE_PX, 1, FAINT)
     captions = [caption["text"] for caption in row["captions"] if (caption["text"] or "").strip()]
     write(tile, (0, PICTURE_PX + SOUND_PX + 20), captions[0] if captions else "no caption", 12, TILE_PX, 3,
           *(() if captions else (FAINT,)))  # fmt: skip

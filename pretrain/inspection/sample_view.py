@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from data_pipeline.shards import sample_name
 from pretrain.config import TowersConfig
 from pretrain.data.batch import Batch
 from pretrain.data.tokenize import Tokenizer
@@ -59,7 +60,8 @@ def _heading(row: dict[str, Any], batch: Batch, width: int) -> Image.Image:
     problems = [f"{event.modality} cannot be read: {event.reason}" for event in batch.events]
     lines = [*captions[:MAX_CAPTIONS], *hidden, *problems]
     part = Image.new("RGB", (width, 34 + 22 * len(lines)), PAPER)
-    source = f"{row['key']}   row {row['row_id']}, {row['start_s']:.2f} to {row['end_s']:.2f} s of its source"
+    times = f"{row['start_s']:.2f} to {row['end_s']:.2f} s of its source"
+    source = f"{sample_name(row)}   {times}   key {row['key']}"
     write(part, (0, 0), source, 18, width)
     for number, line in enumerate(lines):
         write(part, (0, 32 + 22 * number), line, 14, width)

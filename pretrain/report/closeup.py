@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.settings import UserError
-from data_pipeline.shards import ShardedDataset
+from data_pipeline.shards import ShardedDataset, sample_name
 from pretrain.data.transforms import Augmentation, chosen_caption
 from pretrain.kept_embeddings import KeptEmbeddings
 from pretrain.report import figures
@@ -151,10 +151,11 @@ def _projection(kept: KeptEmbeddings, dataset: ShardedDataset | None) -> Panel |
 
 
 def _words(kept: KeptEmbeddings, dataset: ShardedDataset | None, rows: Sequence[int]) -> list[str]:
-    """Key and caption of samples; their positions where the dataset is gone."""
+    """Name, caption and key of samples; their positions where the dataset is gone."""
     positions = kept.positions[list(rows)].tolist()
     if dataset is None:
         return [f"sample {position}" for position in positions]
-    table = dataset.index.select(["key", "captions"]).take(positions).to_pylist()
-    words = [f"{row['key']}: {chosen_caption(row, Augmentation()) or 'no caption'}" for row in table]
-    return [text if len(text) <= MAX_WORDS else text[: MAX_WORDS - 1] + "…" for text in words]
+    table = dataset.index.select(["key", "row_id", "clip_index", "captions"]).take(positions).to_pylist()
+    words = [f"{sample_name(row)}: {chosen_caption(row, Augmentation()) or 'no caption'}" for row in table]
+    cut = [text if len(text) <= MAX_WORDS else text[: MAX_WORDS - 1] + "…" for text in words]
+    return [f"{text} ({row['key']})" for text, row in zip(cut, table, strict=True)]

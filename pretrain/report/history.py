@@ -134,7 +134,7 @@ def read_run(folder: Path, state: str | None = None) -> RunHistory:
         bar_steps=bar_steps,
         bar_s=bar_s,
         validations=validations,
-        sets=_sets(folder, validations),
+        sets=_sets(folder, config, validations),
     )
 
 
@@ -169,13 +169,27 @@ def _bars(buckets: list[_Bucket]) -> tuple[list[int], dict[str, list[float]]]:
     return [group[-1].last_step for group in groups], means
 
 
-def _sets(folder: Path, validations: list[dict[str, Any]]) -> list[EvaluatedSet]:
-    """The newest validation, then each evaluated split by name."""
-    sets = []
+def _sets(folder: Path, config: RunConfig, validations: list[dict[str, Any]]) -> list[EvaluatedSet]:
+    """The newest validation, then each evaluated split by name.
+
+    Without the validation where its split was evaluated at that step or later: it would say the same twice.
+    """
+    sets = _evaluations(folder)
     if validations:
         newest = validations[-1]
         path = embeddings_path(folder, "validation")
-        sets.append(EvaluatedSet(name="validation", step=newest["step"], result=newest, embeddings=path))
+        if not any(_is_of_validation(one, config) and (one.step or 0) >= newest["step"] for one in sets):
+            sets.insert(0, EvaluatedSet(name="validation", step=newest["step"], result=newest, embeddings=path))
+    return sets
+
+
+def _is_of_validation(evaluated: EvaluatedSet, config: RunConfig) -> bool:
+    own, data = config.data.validation, evaluated.result.get("data", "")
+    return own is not None and evaluated.name == own.split and Path(data).resolve() == Path(own.path).resolve()
+
+
+def _evaluations(folder: Path) -> list[EvaluatedSet]:
+    sets = []
     for path in sorted(folder.glob("evaluation-*.json"), key=lambda path: path.stem):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))

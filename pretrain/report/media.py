@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.decode import UndecodableMedia, read_frames, read_image, read_sound
-from data_pipeline.shards import DamagedMember, ShardedDataset
+from data_pipeline.shards import DamagedMember, ShardedDataset, sample_name
 from pretrain.config import RunConfig
 from pretrain.data.transforms import Augmentation, chosen_caption, frame_times_s, resized_crop, window_start_s
 
@@ -27,9 +27,11 @@ SILENCE = 64  # peak, of 32767
 class SampleView:
     """A sample as a page shows it: in the window and the crop that evaluation takes.
 
-    frames, sound: data URIs. bars: peaks of equal parts of the sound, 0 to 100. notes: what it lacks and why.
+    name, key: as its manifest and its shard call it. frames, sound: data URIs. bars: peaks of equal parts of the sound,
+    0 to 100. notes: what it lacks and why.
     """
 
+    name: str
     key: str
     caption: str | None
     frames: tuple[str, ...] = ()
@@ -65,13 +67,13 @@ def view_sample(dataset: ShardedDataset, position: int, config: RunConfig) -> Sa
         except (DamagedMember, UndecodableMedia, av.FFmpegError) as error:
             notes.append(f"{what} cannot be read: {error}")
     caption = chosen_caption(row, Augmentation())
-    return SampleView(key=row["key"], caption=caption, notes=tuple(notes), **found)
+    return SampleView(name=sample_name(row), key=row["key"], caption=caption, notes=tuple(notes), **found)
 
 
 def without_media(view: SampleView) -> SampleView:
     """The same sample as words alone."""
     note = "pictures and sound are left out to keep this page small"
-    return SampleView(key=view.key, caption=view.caption, notes=(*view.notes, note))
+    return SampleView(name=view.name, key=view.key, caption=view.caption, notes=(*view.notes, note))
 
 
 def _frames(data: bytes, row: dict[str, Any], start_s: float, window_s: float) -> tuple[str, ...]:
