@@ -379,6 +379,7 @@ def test_failure_while_making_it_does_not_end_the_training(tmp_path: Path, small
     run = tmp_path / "run"
     (run / "report.html").mkdir(parents=True)  # nothing can be renamed to it
     (run / "embeddings").write_text("in the way")
+    (run / "logs").mkdir()  # it is a run's folder
     output = finish(configure(tmp_path, small_dataset, run), 2)
     assert output.count("no report: IsADirectoryError") == 2
     assert output.count("embeddings were not kept: ") == 2
