@@ -81,10 +81,17 @@ def first_failure(run: Path, life: str) -> Failure | None:
     return min(found, key=lambda failure: (failure.is_consequence, failure.time_s), default=None)
 
 
-def clear_failures(run: Path, life: str, ranks: Sequence[int]) -> None:
-    """Forget these ranks of an earlier life of the same name."""
-    for rank in ranks:
-        record_path(run, life, rank).unlink(missing_ok=True)
+def clear_failures(run: Path, life: str, ranks: Sequence[int], num_ranks: int) -> None:
+    """Forget these ranks of an earlier life of the same name; all of it, where these are all of the job's `num_ranks`.
+
+    The earlier life may have had more ranks, and its launcher may have been killed in the middle of a record.
+    """
+    old = [record_path(run, life, rank) for rank in ranks]
+    if set(ranks) == set(range(num_ranks)):
+        folder = run / "failures"
+        old += [*folder.glob(f"{life}-rank-*.json"), *folder.glob(f".{life}-rank-*.json.partial")]
+    for path in old:
+        path.unlink(missing_ok=True)
 
 
 def record_path(run: Path, life: str, rank: int) -> Path:

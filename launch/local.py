@@ -96,7 +96,7 @@ def run(plan: Plan, run_dir: Path | None = None, grace_s: float = GRACE_S) -> in
     events: Events = SimpleQueue()
     ranks: list[_Rank] = []
     if run_dir is not None:
-        clear_failures(run_dir, current_life(), [rank_plan.rank for rank_plan in plan.ranks])
+        clear_failures(run_dir, current_life(), [rank_plan.rank for rank_plan in plan.ranks], plan.num_ranks)
     with _signals_to(events):
         try:
             for rank_plan in plan.ranks:

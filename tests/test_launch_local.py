@@ -242,6 +242,15 @@ def test_first_failure_leaves_a_record(tmp_path: Path) -> None:
     assert first_failure(tmp_path / "run", "local") is None
 
 
+def test_fewer_ranks_forget_the_failures_of_more(tmp_path: Path) -> None:
+    assert run(stand_in(tmp_path, "exit 0", "exit 0", "exit 3"), tmp_path / "run") == 3
+    torn = tmp_path / "run" / "failures" / ".local-rank-00002.json.partial"  # its launcher was killed while it wrote
+    torn.write_text("{")
+    run(stand_in(tmp_path / "again", "exit 0"), tmp_path / "run")
+    assert first_failure(tmp_path / "run", "local") is None
+    assert not list(torn.parent.iterdir())
+
+
 def test_what_both_ranks_say_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     plan = local_plan(["sh", "-c", "sleep 0.$((RANK * 5)); echo the same mistake; exit 2"], 2, tmp_path, MACHINE, {})
     assert run(plan) == 2
