@@ -1,7 +1,7 @@
 """The gradient-cached step against a plain one on the same samples: time, and memory of activations.
 
     python -m benchmarks.grad_cache         # writes benchmarks/grad_cache.md
-    python -m benchmarks.grad_cache --width 32 --depth 1 --steps 2 --batches 16 32 --out /tmp/grad_cache.md
+    python -m benchmarks.grad_cache --width 32 --depth 1 --steps 2 --batch 32 --chunk 8 --batches 16 32 --out /tmp/grad_cache.md
 
 A plain step is one chunk: one pass, all activations kept. In theory a cached step costs 4/3 of it: a backward is two
 forwards, and one forward comes on top.
@@ -251,8 +251,8 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--objective", default="gram")
     parser.add_argument("--zero-stage", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=64, help="of the measurement of time")
-    parser.add_argument("--chunk", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=128, help="of the measurement of time")
+    parser.add_argument("--chunk", type=int, default=32, help="that of the configs")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128, 256], help="of memory")
