@@ -1,7 +1,7 @@
 """The gradient-cached step against a plain one on the same samples: time, and memory of activations.
 
     python -m benchmarks.grad_cache         # writes benchmarks/grad_cache.md
-    python -m benchmarks.grad_cache --width 32 --depth 1 --steps 2 --batch 32 --chunk 8 --batches 16 32 --out /tmp/grad_cache.md
+    python -m benchmarks.grad_cache --width 32 --depth 1 --steps 2 --batch 32 --chunk 8 --batches 16 --out /tmp/x.md
 
 A plain step is one chunk: one pass, all activations kept. In theory a cached step costs 4/3 of it: a backward is two
 forwards, and one forward comes on top.
@@ -211,7 +211,7 @@ def write_page(
         f"## Peak MiB of activations against the local batch ({where})",
         _markdown(memory_titles, memory),
         "Embeddings and their gradients, and the objective's pairs, grow with the batch in both; they are counted "
-        "under objective. Inputs stay on the host and move by chunk.",
+        "under objective (when one chunk is the whole batch, with the activations of the towers). Inputs stay on the host and move by chunk.",
     ]
     arguments.out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     console = Console()
