@@ -1,6 +1,6 @@
 """How long a step waits for a checkpoint: written while training goes on, against written on the spot.
 
-    python benchmarks/checkpointing.py [--state-gb 1.2] [--rounds 5] [--folder DIR] [--device cpu]
+    python -m benchmarks.checkpointing [--state-gb 1.2] [--rounds 5] [--folder DIR] [--device cpu]
 
 The state is real: a model under DeepSpeed with AdamW's moments. Both ways write the same bytes, hash them, make them
 durable (fsync) and commit them by one rename. `blocked` is what the step itself waits for; `lost` is what the save
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from benchmarks.machine import describe_machine
 from pretrain.checkpoint import Progress, finished_checkpoints
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World
@@ -37,17 +38,18 @@ def main() -> None:
     parser.add_argument("--state-gb", type=float, default=1.2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
+    parser.add_argument("--out", type=Path, help="write the page about it here")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
     world = join_ranks(threads=0, stage_timeout_s=600.0)
     if arguments.device != world.device.type:
         parser.error(f"--device {arguments.device}: this machine offers {world.device.type}")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        measure(Path(folder), world, arguments.state_gb, arguments.rounds)
+        measure(Path(folder), world, arguments.state_gb, arguments.rounds, arguments.out)
     leave_ranks(world, 0)
 
 
-def measure(folder: Path, world: World, state_gb: float, rounds: int) -> None:
+def measure(folder: Path, world: World, state_gb: float, rounds: int, out: Path | None) -> None:
     """Interleave both ways, the same engine under both."""
     config = run_config(folder)
     engine = make_engine(config, world, state_gb)
@@ -78,7 +80,7 @@ def measure(folder: Path, world: World, state_gb: float, rounds: int) -> None:
             found["synchronous"].append(blocked[False])
             found["blocked"].append(blocked[True])
     size_bytes = sum(path.stat().st_size for path in finished_checkpoints(folder / "True")[-1].iterdir())
-    report(found, size_bytes, rounds)
+    report(found, size_bytes, rounds, out)
 
 
 def updates(engine: Engine, count: int = 3) -> list[float]:
@@ -93,11 +95,12 @@ def updates(engine: Engine, count: int = 3) -> list[float]:
     return seconds
 
 
-def report(found: dict[str, list[float]], size_bytes: int, rounds: int) -> None:
-    """The table, and the ratio that matters."""
+def report(found: dict[str, list[float]], size_bytes: int, rounds: int, out: Path | None) -> None:
+    """The table, and the ratio that matters; as a page, too, in `out`."""
     table = Table("", "seconds, median", "of the synchronous save")
     median = {name: statistics.median(values) for name, values in found.items()}
     whole = median["synchronous"]
+    lines: list[tuple[str, str, str]] = []
     for name, label in (
         ("synchronous", "synchronous save: the step is blocked for"),
         ("blocked", "asynchronous save: the step is blocked for"),
@@ -105,12 +108,24 @@ def report(found: dict[str, list[float]], size_bytes: int, rounds: int) -> None:
         ("lost synchronous", "synchronous save: lost in all"),
         ("lost", "asynchronous save: lost in all, other cores being busy or not"),
     ):
-        table.add_row(label, f"{median[name]:.3f}", f"{100 * median[name] / whole:.1f} %")
+        lines.append((label, f"{median[name]:.3f}", f"{100 * median[name] / whole:.1f} %"))
+        table.add_row(*lines[-1])
     console = Console()
     console.print(f"{size_bytes / 1e9:.2f} GB of state, {rounds} rounds, {torch.get_num_threads()} threads")
     console.print(table)
     ratios = [b / s for b, s in zip(found["blocked"], found["synchronous"], strict=True)]
-    console.print(f"median of the rounds' ratios blocked / synchronous: {100 * statistics.median(ratios):.1f} %")
+    share = f"{100 * statistics.median(ratios):.1f} % ({100 * min(ratios):.1f}-{100 * max(ratios):.1f})"
+    console.print(f"median of the rounds' ratios blocked / synchronous: {share}")
+    if out is not None:
+        rows = "\n".join(f"| {label} | {seconds} | {part} |" for label, seconds, part in lines)
+        out.write_text(
+            f"# Checkpoints: what a step waits for\n\n{describe_machine()}\n\n`python -m benchmarks.checkpointing`: "
+            f"{size_bytes / 1e9:.2f} GB of state (weights and AdamW's moments, fp32, ZeRO 1, one rank), {rounds} "
+            "interleaved rounds; written, hashed, fsynced and committed by both.\n\n"
+            f"Blocked over synchronous, median of the rounds (range): **{share}**; goal at most 10 %.\n\n"
+            f"| | seconds, median | of the synchronous save |\n|---|---|---|\n{rows}\n",
+            encoding="utf-8",
+        )
 
 
 def make_engine(config: RunConfig, world: World, state_gb: float) -> Engine:

@@ -145,7 +145,7 @@ def report(results: list[dict[str, Any]], threads: int) -> str:
     lines = [
         f"# Memory of the pairwise driver, {datetime.date.today()}",
         "",
-        "`python benchmarks/driver_memory.py`: one step (loss and gradients) of given embeddings,",
+        "`python -m benchmarks.driver_memory`: one step (loss and gradients) of given embeddings,",
         f"k = {len(MODALITIES)}, D = {DIM}, {threads} thread(s) of {os.cpu_count()} CPUs ({platform.machine()}).",
         "Growth: peak resident memory above the process with its embeddings. Peak: the whole process.",
         "CPU seconds, not wall clock. Plain: one [B, B] matrix of logits, two cross entropies, autograd; not run above",
