@@ -211,8 +211,8 @@ def write_page(
         f"## Peak MiB of activations against the local batch ({where})",
         _markdown(memory_titles, memory),
         "Embeddings and their gradients, and the objective's pairs, grow with the batch in both; they are counted "
-        "under objective (when one chunk is the whole batch, with the activations of the towers). Inputs stay on the "
-        "host and move by chunk.",
+        "under objective (when one chunk is the whole batch, with the activations of the towers). Inputs stay "
+        "on the host and move by chunk.",
     ]
     arguments.out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     console = Console()
