@@ -29,6 +29,7 @@ from pretrain.engine import Engine
 from pretrain.identity import Identity
 from pretrain.ranks import join_ranks, leave_ranks
 
+WIDTH = 2048
 BYTES_PER_PARAMETER = 12  # a weight and two moments, fp32
 
 
@@ -89,7 +90,7 @@ def updates(engine: Engine, count: int = 3) -> list[float]:
     for _ in range(count):
         started = time.perf_counter()
         with engine.coalesced():
-            engine.backward(engine(torch.ones(4, engine.model[0].in_features)).square().sum())
+            engine.backward(engine(torch.ones(4, WIDTH)).square().sum())
         engine.step(1e-9)
         seconds.append(time.perf_counter() - started)
     return seconds
@@ -130,9 +131,8 @@ def report(found: dict[str, list[float]], size_bytes: int, rounds: int, out: Pat
 
 def make_engine(config: RunConfig, world: World, state_gb: float) -> Engine:
     """Linear layers of 16 MB of weights each, under ZeRO."""
-    width = 2048
-    layers = max(1, round(state_gb * 1e9 / BYTES_PER_PARAMETER / width**2))
-    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers))).to(world.device)
+    layers = max(1, round(state_gb * 1e9 / BYTES_PER_PARAMETER / WIDTH**2))
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers))).to(world.device)
     return Engine(model, [{"params": list(model.parameters())}], config, world)
 
 
