@@ -34,6 +34,7 @@ def pretrain(
     from pretrain.ranks import join_ranks, leave_ranks
 
     world = join_ranks(settings.train.threads, settings.faults.stage_timeout_s)
+    from pretrain.disk import full_disk_said
     from pretrain.memory import out_of_memory_said
     from pretrain.start_notes import compile_notes
 
@@ -42,7 +43,7 @@ def pretrain(
             typer.echo(note, err=True)
     from pretrain.trainer import Trainer
 
-    with out_of_memory_said(settings):
+    with out_of_memory_said(settings), full_disk_said(settings.run_dir):
         code = Trainer(settings, world, stop).run()
     leave_ranks(world, code)
 

@@ -25,7 +25,7 @@ from pretrain.report.overview import warnings_of
 from pretrain.run_log import METRICS, StageClock, read_lines
 from pretrain.trainer import Trainer
 from tests.ranks import run_ranks
-from tests.test_resume import finish, start, wait_for_step, write_config
+from tests.test_resume import command, finish, start, wait_for_step, write_config
 
 BAD_STEP = 3
 
@@ -168,3 +168,17 @@ def test_replay_makes_a_recorded_step_again(tmp_path: Path, small_dataset: Path)
     )
     assert wrong.returncode == 2
     assert "expected one of 1 to 8" in wrong.stderr
+
+
+def test_no_room_for_the_log_is_a_line(tmp_path: Path, small_dataset: Path) -> None:
+    """TensorBoard's file is the first that may not grow; its thread meets that, not the trainer."""
+    data = {"num_workers": 0}  # they hand batches over in files, too
+    never = {"checkpoint": {"every_steps": 1000}, "validation": {"every_steps": 1000}}
+    config = write_config(tmp_path / "config.yaml", small_dataset, tmp_path / "run", data=data, **never)
+    limited = ["prlimit", "--fsize=8192", *command(config, 1)]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "File too large" in errors[0]
+    assert "the same command goes on" in errors[0]

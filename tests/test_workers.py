@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.settings import UserError
 from data_pipeline.shards import ShardedDataset
 from pretrain.data import tokenize
 from pretrain.data.loader import EvalLoader, TrainLoader
@@ -145,3 +147,12 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "workers outlived their trainer"
         time.sleep(0.1)
+
+
+def test_a_batch_that_cannot_be_handed_over_is_a_line(dataset: ShardedDataset) -> None:
+    """Shared memory has run out: torch's sending thread would drop the batch, and the trainer wait for ever."""
+    with closing(train_loader(dataset, 1)) as loader:
+        next(iter(loader))
+        resource.prlimit(workers()[0], resource.RLIMIT_FSIZE, (1, 1))
+        with pytest.raises(UserError, match=r"data.num_workers: .* cannot hand over its batch: .*File too large"):
+            list(loader)

@@ -65,6 +65,16 @@ class Batch:
         present = {name: mask.pin_memory() for name, mask in self.present.items()}
         return replace(self, inputs=_map(self.inputs, Tensor.pin_memory), present=present)
 
+    def share_memory(self) -> None:
+        """Move all tensors to memory that another process can map.
+
+        Raises:
+            RuntimeError: there is no room for them.
+        """
+        inputs = [tensor for tensors in self.inputs.values() for tensor in tensors.values()]
+        for tensor in (self.ids, self.epochs, *self.present.values(), *inputs):
+            tensor.share_memory_()
+
 
 def _map(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
     return {modality: {name: function(t) for name, t in tensors.items()} for modality, tensors in inputs.items()}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data_pipeline.settings import UserError
 from pretrain.data.batch import Batch
@@ -39,9 +39,12 @@ class _Positions(Dataset[Batch | UserError]):
 
     def __getitem__(self, position: int) -> Batch | UserError:
         try:
-            return self._read(position, self._check)
+            batch = self._read(position, self._check)
+            if get_worker_info() is not None:
+                _make_ready(batch)
         except UserError as error:  # handed over as it is: torch would wrap its one line into a traceback
             return error
+        return batch
 
     def _check(self) -> None:
         if self._stop[0]:
@@ -55,7 +58,8 @@ class BatchStream:
     group leaves them alone, so that the trainer can finish its step; they end with `close`, or with their parent.
 
     Raises (while iterating):
-        RuntimeError: a worker died; its pid and how. UserError: a shard cannot be fetched.
+        RuntimeError: a worker died; its pid and how. UserError: a shard cannot be fetched, or there is
+        no room to hand a batch over.
     """
 
     def __init__(
@@ -151,6 +155,17 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_S)
     os._exit(1)
+
+
+def _make_ready(batch: Batch) -> None:
+    """Do what the thread that sends would do, which drops a batch it cannot send: the trainer would wait for ever."""
+    try:
+        batch.share_memory()
+    except RuntimeError as error:
+        raise UserError(
+            f"data.num_workers: a decoding process cannot hand over its batch: {error}; give the job more shared "
+            "memory (/dev/shm; docker run --shm-size), or lower data.num_workers and data.prefetch_batches"
+        ) from error
 
 
 def _as_it_is(batch: Any) -> Any:

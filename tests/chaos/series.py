@@ -154,7 +154,7 @@ class Chaos:
         after = newest_step(run)
         require(after >= before, f"the newest checkpoint was of step {before}, and is of step {after} after the kill")
         if not hit:
-            self.say(f"{kind}: the run had come to its end")
+            self.say(f"{kind}: it had ended of itself; not counted")
             self._bag.append(kind)
             return
         torn = torn or bool(unfinished(run))
