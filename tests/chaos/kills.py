@@ -54,7 +54,8 @@ def wait_for_the_moment(start: Start, kind: Kind, choice: random.Random, usual_s
     resumed_s = start.wait_for_new_steps(choice.randint(1, MOST_STEPS))
     time.sleep(choice.random() * 0.2)
     if kind.when == "saving":
-        while not unfinished(start.run) and start.process.poll() is None:
+        old = unfinished(start.run)
+        while not unfinished(start.run) - old and start.process.poll() is None:
             time.sleep(0.0005)
         time.sleep(choice.random() * 0.02)
     elif kind.when == "stopping":
@@ -64,9 +65,13 @@ def wait_for_the_moment(start: Start, kind: Kind, choice: random.Random, usual_s
     return resumed_s
 
 
-def unfinished(run: Path) -> list[Path]:
-    """Checkpoints that are being written, or deleted."""
-    return list(checkpoints_folder(run).glob(".step-*.partial"))
+def unfinished(run: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written, or deleted: name and inode, which a second attempt does not share."""
+    found = set()
+    for path in checkpoints_folder(run).glob(".step-*.partial"):
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def kill(start: Start, kind: Kind, choice: random.Random) -> bool:

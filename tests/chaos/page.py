@@ -35,6 +35,7 @@ def cells(number: int, one: Kill) -> list[str]:
 def page(chaos: Chaos, seed: int, seconds: float) -> str:
     """The page in docs/."""
     kills = chaos.kills
+    killed = sum(one.kind.what not in ("the disk", "file growth") for one in kills)
     same = [one for one in kills if one.series == SERIES[0].name]
     disk = "a tmpfs of its own" if DISK_FULL in chaos.kinds else "no file system that could be filled"
     apart = {what: f"{value:.1e}" for what, value in chaos.apart.items()}
@@ -42,16 +43,16 @@ def page(chaos: Chaos, seed: int, seconds: float) -> str:
     rows = "\n".join(f"| {' | '.join(cells(number, one))} |" for number, one in enumerate(kills, 1))
     return f"""# Chaos
 
-{len(kills)} kills of real runs at random moments, by SIGKILL or because nothing could be written any more, in
-{seconds / 60:.0f} minutes. After each the same command was given again.
+{len(kills)} times real runs were ended at random moments: {killed} times by SIGKILL, {len(kills) - killed} times
+because nothing could be written any more. After each the same command was given again. It took {seconds / 60:.0f} minutes.
 
     make chaos        # --kills {len(kills)} --seed {seed}
 
-{time.strftime("%Y-%m-%d")}: {os.cpu_count()} CPU cores ({platform.machine()}), shared with other work; torch
-{torch.__version__}, gloo, {disk}. Runs of {NUM_STEPS} steps, a checkpoint every 3; an epoch ends inside a batch.
+{time.strftime("%Y-%m-%d")}: {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, gloo,
+{disk}. Runs of {NUM_STEPS} steps, a checkpoint every 3; an epoch ends inside a batch.
 
-- **Same topology** ({SAME}; AdamW, dropout), {len(same)} kills: weights, moments, every logged number but times, sample
-  ids, and the files in the run's folder are bitwise those of a run left alone.
+- **Same topology** ({SAME}; AdamW, dropout), {len(same)} kills: weights, moments, every
+  logged number but times, sample ids, and the files in the run's folder are those of a run left alone, bit by bit.
 - **Other topologies** (1, 2 or 4 ranks, ZeRO 0 to 3, another chunk at every start; no dropout),
   {len(kills) - len(same)} kills: the same samples in the same order. From one process left alone, losses are at most
   {apart.get("sgd losses", "-")} (SGD) and {apart.get("adamw losses", "-")} (AdamW) apart, relative; final weights

@@ -144,10 +144,11 @@ class Chaos:
 
     def _one_kill(self, series: Series, config: Path, run: Path) -> None:
         kind, topology = self._next_kind(), self._topology(series)
+        old = unfinished(run)
         with closing(self._start(config, run, topology)) as start:
             self._remember(wait_for_the_moment(start, kind, self.choice, self.usual_start_s))
             before = max((step_of(path) for path in finished_checkpoints(run)), default=0)
-            killed, torn = time.monotonic(), bool(unfinished(run))
+            killed, torn = time.monotonic(), bool(unfinished(run) - old)
             hit = kill(start, kind, self.choice)
             start.wait_until_gone()
             ended_s = time.monotonic() - killed
@@ -157,7 +158,7 @@ class Chaos:
             self.say(f"{kind}: it had ended of itself; not counted")
             self._bag.append(kind)
             return
-        torn = torn or bool(unfinished(run))
+        torn = torn or bool(unfinished(run) - old)
         step = last_step(run)
         self.kills.append(Kill(series=series.name, kind=kind, topology=topology, step=step, ended_s=ended_s, torn=torn))
         self.say(f"kill {len(self.kills)}: {kind}, {topology}, step {step}, all gone after {ended_s:.1f} s")
