@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -155,7 +156,9 @@ def test_killed_runs_and_killed_workers_change_no_byte(corpus: Path, uninterrupt
         os.kill(wait_for_worker(process.pid), signal.SIGKILL)
         stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
-    assert f"10 tasks, {done} done" in stdout
+    found = re.search(r"10 tasks, (\d+) done", stdout)
+    assert found is not None, stdout
+    assert done <= int(found.group(1)) < 10  # a worker of the killed run may have ended its task before it noticed
     assert contents(out) == contents(uninterrupted)
     assert not list(out.rglob("*.partial"))
 
