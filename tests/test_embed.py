@@ -150,7 +150,7 @@ def test_parts_of_another_table_are_refused(alone: Path, export_folder: Path, sm
 
 def test_a_folder_of_others_is_refused(export_folder: Path, small_dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    job = EmbedJob(export=export_folder, data=small_dataset, split="val", out=tmp_path, batch_size=4, workers=0)
+    job = EmbedJob(export=export_folder, data=str(small_dataset), split="val", out=tmp_path, batch_size=4, workers=0)
     with pytest.raises(UserError, match=r"--out .*: holds other things \(notes.txt\); expected a new or empty folder"):
         embed_dataset(job, 1)
 

@@ -16,7 +16,7 @@ import os, sys
 from pretrain.preflight import num_ranks
 from pretrain.ranks import join_ranks, leave_ranks
 before = num_ranks()
-world = join_ranks(1)
+world = join_ranks(1, 60.0)
 print(before, world.rank, world.size, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
 leave_ranks(world, 0)
 """
