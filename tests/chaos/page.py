@@ -44,7 +44,8 @@ def page(chaos: Chaos, seed: int, seconds: float) -> str:
     return f"""# Chaos
 
 {len(kills)} times real runs were ended at random moments: {killed} times by SIGKILL, {len(kills) - killed} times
-because nothing could be written any more. After each the same command was given again. It took {seconds / 60:.0f} minutes.
+because nothing could be written any more. After each the same command was given again.
+It took {seconds / 60:.0f} minutes.
 
     make chaos        # --kills {len(kills)} --seed {seed}
 
