@@ -112,20 +112,20 @@ def test_a_rank_that_hangs_ends_the_run_and_the_stage_is_named(tmp_path: Path, s
     run = tmp_path / "run"
     config = write_config(
         tmp_path / "config.yaml", small_dataset, run, schedule={"num_steps": 10_000},
-        faults={"stage_timeout_s": 4.0}, validation={"every_steps": 10_000},
+        faults={"stage_timeout_s": 8.0}, validation={"every_steps": 10_000},
     )  # fmt: skip
     process = start(config, 2)
     wait_for_step(run, 2, process)
     stopped = rank_process(process.pid, 1)
     os.kill(stopped, signal.SIGSTOP)
     started = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert time.monotonic() - started < 40
+    output, _ = process.communicate(timeout=120)
+    assert time.monotonic() - started < 60
     assert process.returncode == 70, output
     lines = [line for line in output.splitlines() if line.startswith("error: rank 0, step ")]
     assert len(lines) == 1, output
     assert "in stage '" in lines[0]
-    assert "faults.stage_timeout_s is 4" in lines[0]
+    assert "faults.stage_timeout_s is 8" in lines[0]
     assert "rank 0 of 2 exited with code 70" in output
     assert not Path(f"/proc/{stopped}").exists() or "Z" in Path(f"/proc/{stopped}/stat").read_text().split()[2]
 
