@@ -23,7 +23,7 @@ exactness: $(STAMP)
 	$(BIN)/python -m tests.exactness_table
 
 chaos: $(STAMP)
-	$(BIN)/python -m tests.chaos --kills 30 --write docs/chaos.md
+	$(BIN)/python -m tests.chaos --kills 40 --write docs/chaos.md
 
 check: $(STAMP)
 	$(BIN)/ruff check .
