@@ -147,14 +147,15 @@ def test_a_time_limit_is_a_requeue_and_changes_nothing(
 def test_a_rank_that_raises_is_named(cluster: SlurmCluster, small_dataset: Path, tmp_path: Path) -> None:
     """Where rank 1 writes the keys of its samples there is a folder: it alone cannot."""
     run = tmp_path / "run"
-    (run / "samples").mkdir(parents=True)
-    (run / "samples" / "rank-00001.jsonl").mkdir()
+    (run / "samples" / "rank-00001.jsonl").mkdir(parents=True)
+    (run / "logs").mkdir()  # a run's folder
     job = submit(cluster, tmp_path, write_config(tmp_path / "config.yaml", small_dataset, run))
     assert cluster.wait_for(job, ["COMPLETED", "FAILED"], 90, log_of(run, job)) == "FAILED"
     last = log_of(run, job).read_text().splitlines()[-1]
     assert "failed: at" in last
-    assert "rank 1 on node2 exited with code 1: [rank1]: IsADirectoryError" in last
-    assert cluster.exit_code(job) == 1
+    assert "rank 1 on node2 exited with code 2: error: " in last
+    assert "rank-00001.jsonl: cannot be written: Is a directory" in last
+    assert cluster.exit_code(job) == 2
 
 
 def test_a_killed_rank_is_named_and_the_job_resumes(cluster: SlurmCluster, small_dataset: Path, tmp_path: Path) -> None:
