@@ -180,5 +180,6 @@ def test_no_room_for_the_log_is_a_line(tmp_path: Path, small_dataset: Path) -> N
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr
     assert "File too large" in errors[0]
     assert "the same command goes on" in errors[0]
