@@ -25,7 +25,6 @@ from torch import Tensor
 
 from data_pipeline.settings import UserError
 from data_pipeline.shards import file_sha256
-from pretrain.engine import Engine
 
 FORMAT_VERSION = 3
 
@@ -206,11 +205,6 @@ class StoredTensors(Mapping[str, Tensor]):
         return tuple(self._files[key].get_slice(key).get_shape())
 
 
-def load_tensors(checkpoint: Path) -> StoredTensors:
-    """All tensors of a checkpoint, by name."""
-    return StoredTensors(checkpoint)
-
-
 def persistent_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
     """Buffers that belong to the model's state."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -249,11 +243,6 @@ def load_weights(model: torch.nn.Module, tensors: StoredTensors, leave: Sequence
 
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "nothing" if shape is None else str(list(shape))
-
-
-def load_moments(engine: Engine, tensors: StoredTensors, num_updates: int) -> None:
-    """Put the optimizer's moments into the engine; those the checkpoint lacks are zero."""
-    engine.set_moments(tensors, num_updates)
 
 
 def to_prune(run: Path, keep_last: int, best_step: int | None, keep_every_steps: int | None = None) -> list[Path]:

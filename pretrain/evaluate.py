@@ -130,7 +130,7 @@ def load_run(run: Path, which: str = "best") -> tuple[RunConfig, PretrainModel, 
     )
     check_tokenizer(source, checkpoint.read_description(source)["identity"], config)
     model = PretrainModel(config.model_copy(update={"towers": towers}))  # its weights come from the checkpoint
-    checkpoint.load_weights(model, checkpoint.load_tensors(source))
+    checkpoint.load_weights(model, checkpoint.StoredTensors(source))
     return config, model.eval(), source
 
 

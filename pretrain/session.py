@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from data_pipeline.shards import ShardCache, ShardedDataset
-from pretrain import checkpoint
 from pretrain.collectives import World
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
@@ -54,7 +53,7 @@ class Session:
         groups = parameter_groups(model, config.optimizer.weight_decay)
         self.engine = Engine(model.to(world.device), groups, config, world)
         if start.tensors is not None:
-            checkpoint.load_moments(self.engine, start.tensors, self.progress.num_updates)
+            self.engine.set_moments(start.tensors, self.progress.num_updates)
         self.clock = StageClock(world.device)
         self.cache = GradCache(
             engine=self.engine,

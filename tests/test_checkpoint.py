@@ -20,9 +20,9 @@ from torch import Tensor
 from data_pipeline.settings import UserError
 from pretrain.checkpoint import (
     Progress,
+    StoredTensors,
     checkpoint_name,
     finished_checkpoints,
-    load_tensors,
     read_description,
     to_prune,
 )
@@ -106,7 +106,7 @@ def hold_and_save(world: World, argument: str) -> dict[str, Any]:
     nothing_yet = not finished_checkpoints(run)
     release.set()
     writer.finish()
-    stored = load_tensors(finished_checkpoints(run)[-1])
+    stored = StoredTensors(finished_checkpoints(run)[-1])
     same = all(torch.equal(stored[f"weight/{name}"], value) for name, value in before.items())
     writer.close()
     return {"early": early, "nothing_yet": nothing_yet, "same": same, "num_ranks": world.size}
@@ -176,7 +176,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> Path:
 
 def test_the_average_is_what_is_evaluated(run: Path) -> None:
     _, model, source = load_run(run, "last")
-    stored = load_tensors(source)
+    stored = StoredTensors(source)
     assert model.average is not None
     name = "towers.text.projection.linear.weight"
     assert torch.equal(model.evaluated.get_parameter(name), stored[f"weight/average.{name}"])
@@ -231,7 +231,7 @@ def test_differences_are_refused_until_they_are_accepted(tmp_path: Path, small_d
     assert done.returncode == 0, done.stderr
     assert "accepted: optimizer is 'adamw' there, 'sgd' here" in done.stderr
     assert "weight/objective.parts.0.scalars.values.temperature is [1]" in done.stderr
-    stored = load_tensors(finished_checkpoints(copy)[-1])
+    stored = StoredTensors(finished_checkpoints(copy)[-1])
     assert finished_checkpoints(copy)[-1].name == checkpoint_name(8)
     assert not any(name.startswith("exp_avg") for name in stored)
 
@@ -249,4 +249,4 @@ def test_all_of_an_identity_can_be_accepted(tmp_path: Path) -> None:
 
 def test_a_checkpoint_folder_without_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a checkpoint description"):
-        load_tensors(tmp_path)
+        StoredTensors(tmp_path)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.settings import load_settings
-from pretrain.checkpoint import checkpoint_name, finished_checkpoints, load_tensors, read_progress
+from pretrain.checkpoint import StoredTensors, checkpoint_name, finished_checkpoints, read_progress
 from pretrain.collectives import World
 from pretrain.config import RunConfig
 from pretrain.report.history import read_run
@@ -60,7 +60,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_recorded(
         0,
         0,
     ]
-    checkpoints = {path.name: load_tensors(path) for path in finished_checkpoints(run)}
+    checkpoints = {path.name: StoredTensors(path) for path in finished_checkpoints(run)}
     steps = [checkpoints[checkpoint_name(step)] for step in range(1, 6)]
     for before, after, changes in zip(steps, steps[1:], (True, False, True, True), strict=False):
         same = all(torch.equal(before[name], after[name]) for name in before)

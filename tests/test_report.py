@@ -26,7 +26,7 @@ from plotly.offline import get_plotlyjs
 
 from data_pipeline.settings import UserError, load_settings
 from data_pipeline.shards import ShardedDataset
-from pretrain.checkpoint import finished_checkpoints, load_tensors
+from pretrain.checkpoint import StoredTensors, finished_checkpoints
 from pretrain.config import RunConfig
 from pretrain.evaluate import own_score
 from pretrain.kept_embeddings import KeptEmbeddings, embeddings_path
@@ -384,7 +384,7 @@ def test_failure_while_making_it_does_not_end_the_training(tmp_path: Path, small
     assert output.count("no report: IsADirectoryError") == 2
     assert output.count("embeddings were not kept: ") == 2
     assert not list(run.glob(".report*"))
-    found, wanted = (load_tensors(finished_checkpoints(folder)[-1]) for folder in (run, trained))
+    found, wanted = (StoredTensors(finished_checkpoints(folder)[-1]) for folder in (run, trained))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 

@@ -19,7 +19,7 @@ import yaml
 
 from data_pipeline.settings import UserError
 from pretrain import checkpoint
-from pretrain.checkpoint import StoredTensors, finished_checkpoints, load_tensors, newest_whole
+from pretrain.checkpoint import StoredTensors, finished_checkpoints, newest_whole
 from pretrain.run_log import METRICS, read_lines
 
 NUM_STEPS, GLOBAL_BATCH, TRAIN_SAMPLES = 14, 6, 23  # an epoch ends inside a batch
@@ -101,7 +101,7 @@ def kill_at(config: Path, run: Path, ranks: int, step: int) -> None:
 
 
 def state(run: Path) -> StoredTensors:
-    return load_tensors(finished_checkpoints(run)[-1])
+    return StoredTensors(finished_checkpoints(run)[-1])
 
 
 def losses(run: Path) -> list[dict[str, Any]]:
@@ -263,7 +263,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path, small_dataset: Pat
 def test_weights_of_another_shape_are_refused(uninterrupted: Path) -> None:
     source = finished_checkpoints(uninterrupted)[-1]
     with pytest.raises(UserError, match="is of another model"):
-        checkpoint.load_weights(torch.nn.Linear(2, 2), load_tensors(source))
+        checkpoint.load_weights(torch.nn.Linear(2, 2), StoredTensors(source))
 
 
 def mounted(folder: Path, size: str) -> bool:

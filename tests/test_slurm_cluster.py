@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from data_pipeline.settings import load_settings
-from pretrain.checkpoint import finished_checkpoints, load_tensors
+from pretrain.checkpoint import StoredTensors, finished_checkpoints
 from pretrain.config import RunConfig
 from tests.slurm_cluster import SlurmCluster, read_steps, wait_until, why_not_here
 from tests.test_resume import finish, write_config
@@ -97,7 +97,7 @@ def read(path: Path) -> str:
 
 def same_state(run: Path, other: Path) -> None:
     """The last checkpoints of two runs are bitwise equal: weights and moments."""
-    ours, theirs = (load_tensors(finished_checkpoints(folder)[-1]) for folder in (run, other))
+    ours, theirs = (StoredTensors(finished_checkpoints(folder)[-1]) for folder in (run, other))
     assert finished_checkpoints(run)[-1].name == finished_checkpoints(other)[-1].name
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
