@@ -72,7 +72,7 @@ def _gather_ragged(local: Tensor, world: World) -> Tensor:
 
 def anchor_of(config: RunConfig) -> str:
     """The modality whose queries are scored first: the objective's anchor, else text, else the first tower."""
-    anchors = [part.anchor for part in config.objective if part.anchor is not None]
+    anchors = [anchor for part in config.objective if (anchor := getattr(part, "anchor", None)) is not None]
     names = config.towers.names
     return anchors[0] if anchors and anchors[0] in names else "text" if "text" in names else names[0]
 

@@ -110,4 +110,4 @@ class GradCache:
         vector_grads = dict(zip(vectors, (grad.float() for grad in grads), strict=False))
         scalar_grads = dict(zip(scalars, grads[len(vectors) :], strict=True))
         metrics = {name: metric.item() for name, metric in value.metrics.items()}
-        return metrics | model.objective.temperatures(scalars), vector_grads, scalar_grads
+        return metrics | model.objective.learned_values(scalars), vector_grads, scalar_grads

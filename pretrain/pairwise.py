@@ -14,15 +14,26 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pretrain.collectives import ALONE, World
-from pretrain.objectives.terms import CrossEntropy, LogMeanExp, PairSum, SigmoidCrossEntropy, Term
+from pretrain.objectives.terms import (
+    CrossEntropy,
+    LogMeanExp,
+    LogMeanProduct,
+    PairSum,
+    SigmoidCrossEntropy,
+    Term,
+    TermSum,
+    TupleCrossEntropy,
+)
 from pretrain.pair_statistics import SOFTPLUS_LINEAR_FROM, PairStatistics, SideStatistics, Statistic, pair_statistics
+from pretrain.tuples import tuple_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
 class TermsValue:
     """local_loss: this rank's share, the sum over ranks is the loss.
 
-    metrics: global scalars: `loss`, the value of each term, and how many samples took part in it.
+    metrics: global scalars: `loss`, the value of each term, and how many samples took part in it; of terms without
+    weight, the value alone, and none where no sample takes part.
     """
 
     local_loss: Tensor
@@ -37,13 +48,21 @@ def evaluate_terms(terms: Sequence[Term], world: World = ALONE) -> TermsValue:
     """
     shares, counts = zip(*(_evaluate(term, world) for term in terms), strict=True)
     totals = world.sum(torch.stack(shares))
-    weights = totals.new_tensor([term.weight for term in terms])
-    local_loss = torch.stack(
-        [share * term.weight for term, share in zip(terms, shares, strict=True) if term.weight]
-    ).sum()
-    metrics = {term.name: total for term, total in zip(terms, totals, strict=True)}
+    weights = _weights(terms, torch.stack(counts).to(totals.dtype))
+    weighted = [index for index, term in enumerate(terms) if term.weight]  # others may hold no gradient at all
+    local_loss = torch.stack([shares[index] * weights[index] for index in weighted]).sum()
+    metrics = {term.name: total for term, total, n in zip(terms, totals, counts, strict=True) if term.weight or n > 0}
     metrics |= {f"num_samples/{term.name}": n for term, n in zip(terms, counts, strict=True) if term.weight}
     return TermsValue(local_loss=local_loss, metrics={"loss": (weights * totals).sum(), **metrics})
+
+
+def _weights(terms: Sequence[Term], counts: Tensor) -> Tensor:
+    """[terms]; those of a group are divided by how many of it have samples. counts [terms]: samples of each."""
+    weights = counts.new_tensor([term.weight for term in terms])
+    for group in {term.mean_over for term in terms if term.mean_over}:
+        members = [index for index, term in enumerate(terms) if term.mean_over == group]
+        weights[members] = weights[members] / (counts[members] > 0).sum().clamp_min(1)
+    return weights
 
 
 def _evaluate(term: Term, world: World) -> tuple[Tensor, Tensor]:
@@ -54,8 +73,17 @@ def _evaluate(term: Term, world: World) -> tuple[Tensor, Tensor]:
         return _sigmoid_cross_entropy(term, world)
     if isinstance(term, LogMeanExp):
         return _log_mean_exp(term, world)
+    if isinstance(term, LogMeanProduct):
+        return _log_mean_product(term, world)
     if isinstance(term, PairSum):
         return _pair_sum(term, world)
+    if isinstance(term, TupleCrossEntropy):
+        return tuple_cross_entropy(term, world)
+    if isinstance(term, TermSum):
+        shares, counts = zip(*(_evaluate(part, world) for _, part in term.parts), strict=True)
+        factors = [factor for factor, _ in term.parts]
+        total = torch.stack([factor * share for factor, share in zip(factors, shares, strict=True)]).sum()
+        return total, torch.stack(counts).max()
     count = world.sum(term.valid.sum().to(term.values.dtype))
     return _masked_sum(term.values, term.valid) / count.clamp_min(1), count
 
@@ -132,6 +160,23 @@ def _log_mean_exp(term: LogMeanExp, world: World) -> tuple[Tensor, Tensor]:
     some = counted.any(dim=1)
     rows = torch.where(some[:, None], stacked, torch.zeros_like(stacked)).logsumexp(dim=1)
     return _masked_sum(rows, some) / count.clamp_min(1), count
+
+
+def _log_mean_product(term: LogMeanProduct, world: World) -> tuple[Tensor, Tensor]:
+    valid = torch.stack([pairs.valid for pairs in term.pairs]).all(dim=0)
+    total = torch.zeros_like(next(iter(term.pairs[0].rows.values()))[:, 0])
+    for pairs in term.pairs:
+        statistics = pair_statistics(pairs, world, rows=frozenset(["log_sum_exp"]))
+        log_sum = torch.logaddexp(statistics.row.shift + statistics.row.log_sum, statistics.matched)
+        num_pairs = _num_pairs(statistics, pairs.valid, True)
+        total = total + torch.where(valid, log_sum - num_pairs.clamp_min(1).log(), torch.zeros_like(log_sum))
+    count = world.sum(valid.sum().to(total.dtype))
+    share = _share_of_log_sum_exp(
+        torch.where(valid, term.power * total - count.clamp_min(1).log(), torch.full_like(total, -torch.inf))[:, None],
+        valid[:, None],
+        world,
+    )
+    return share, count
 
 
 def _share_of_log_sum_exp(logs: Tensor, counted: Tensor, world: World) -> Tensor:

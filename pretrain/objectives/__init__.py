@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from data_pipeline.settings import UserError, check_settings, nearest
-from pretrain.objective_config import OPTIONS, GramOptions, InfonceOptions, ObjectiveOptions
+from pretrain.objective_config import OPTIONS, Options
 from pretrain.objectives.embeddings import Embeddings
 from pretrain.objectives.terms import LearnedScalars, Objective, ObjectiveOutput, Term, positive_cosines
 
@@ -21,7 +21,7 @@ def build_objective(name: str, *, modalities: tuple[str, ...] | None = None, **o
     """The objective registered as `name` (its file's name) with its options.
 
     Args:
-        name: "gram", "infonce".
+        name: a file of this folder: "gram", "infonce", "pmrl", ...
         modalities: the names the run has, to check names in options; None checks them when called.
 
     Raises:
@@ -33,7 +33,7 @@ def build_objective(name: str, *, modalities: tuple[str, ...] | None = None, **o
     return _build(name, checked, modalities)
 
 
-def _build(name: str, options: ObjectiveOptions, modalities: tuple[str, ...] | None) -> Objective:
+def _build(name: str, options: Options, modalities: tuple[str, ...] | None) -> Objective:
     built = importlib.import_module(f"pretrain.objectives.{name}").OBJECTIVE(options, modalities)
     assert isinstance(built, Objective)
     return built
@@ -47,7 +47,7 @@ class WeightedSum(nn.Module):
         modalities: names the run has.
     """
 
-    def __init__(self, configs: Sequence[GramOptions | InfonceOptions], modalities: tuple[str, ...]) -> None:
+    def __init__(self, configs: Sequence[Options], modalities: tuple[str, ...]) -> None:
         super().__init__()
         parts = [_build(config.name, config, modalities) for config in configs]
         self.parts = nn.ModuleList(parts)
@@ -60,17 +60,21 @@ class WeightedSum(nn.Module):
     def loss_terms(self, embeddings: Embeddings, scalars: dict[str, Tensor]) -> list[Term]:
         """The terms that have a weight."""
         return [
-            dataclasses.replace(term, weight=term.weight * part.options.weight)
-            for part, own in self._with_scalars(scalars)
+            dataclasses.replace(
+                term,
+                weight=term.weight * part.options.weight,
+                mean_over=f"{index}.{term.mean_over}" if term.mean_over else "",
+            )
+            for index, (part, own) in enumerate(self._with_scalars(scalars))
             for term in part.terms(embeddings, own)
         ]
 
-    def temperatures(self, scalars: dict[str, Tensor]) -> dict[str, float]:
-        """{"temperature/gram": 0.07}: what each learned temperature stands at, for the log."""
+    def learned_values(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        """{"temperature/gram": 0.07}: what each learned scalar stands at, for the log."""
         return {
-            f"temperature/{part.name}": part.temperature(own, own["temperature"]).item()
+            f"{name}/{part.name}": value
             for part, own in self._with_scalars(scalars)
-            if "temperature" in own
+            for name, value in part.learned_values(own).items()
         }
 
     def _with_scalars(self, scalars: dict[str, Tensor]) -> Iterator[tuple[Objective, dict[str, Tensor]]]:

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from data_pipeline.settings import UserError, nearest
+
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
@@ -21,6 +23,23 @@ class Embeddings:
     present: dict[str, Bool[Tensor, " samples"]] | None = None
     ids: Int[Tensor, " samples"] | None = None
     views: dict[str, Embeddings] | None = None
+
+    @classmethod
+    def of_outputs(
+        cls, outputs: dict[str, Tensor], present: dict[str, Tensor] | None = None, ids: Tensor | None = None
+    ) -> Embeddings:
+        """From rows by `modality`, `modality@view`, `modality@view@view of the view`, as the model returns them."""
+        vectors: dict[str, Tensor] = {}
+        views: dict[str, dict[str, Tensor]] = {}
+        for key, rows in outputs.items():
+            modality, _, rest = key.partition("@")
+            if not rest:
+                vectors[modality] = rows
+                continue
+            view, _, inner = rest.partition("@")
+            views.setdefault(view, {})[f"{modality}@{inner}" if inner else modality] = rows
+        inside = {name: cls.of_outputs(group, present, ids) for name, group in views.items()}
+        return cls(vectors=vectors, present=present, ids=ids, views=inside or None)
 
     @property
     def num_samples(self) -> int:
@@ -39,6 +58,18 @@ class Embeddings:
         return torch.where(
             self.mask(modality)[:, None], vectors, torch.zeros((), dtype=vectors.dtype, device=vectors.device)
         )
+
+    def view(self, name: str, wanted_by: str) -> Embeddings:
+        """Further embeddings of the same samples.
+
+        Raises:
+            UserError: there are none of that name.
+        """
+        if self.views is None or name not in self.views:
+            raise UserError(
+                f"objective {wanted_by}: it needs the {name} view of every sample; {nearest(name, self.views or {})}"
+            )
+        return self.views[name]
 
     def sample_ids(self) -> Int[Tensor, " samples"]:
         """The ids, or -1 for "all different"."""

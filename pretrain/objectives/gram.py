@@ -12,16 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from data_pipeline.settings import UserError, nearest
+from data_pipeline.settings import UserError
 from pretrain.objective_config import GramOptions
 from pretrain.objectives.embeddings import Embeddings
+from pretrain.objectives.gram_schmidt import PerTuple, Vectors, orthonormal_axes, without
+from pretrain.objectives.modalities import orientation, others_of
 from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Rows, Term
-
-Vectors = Float[Tensor, "samples dim"]
-PerTuple = Float[Tensor, " samples"]
 
 
 class Gram(Objective):
@@ -41,12 +40,13 @@ class Gram(Objective):
     def __init__(self, options: GramOptions, modalities: tuple[str, ...] | None = None) -> None:
         super().__init__(options, modalities)
         self.gram = options
-        if modalities is not None and options.anchor not in modalities:
-            raise UserError(f"objective gram: anchor '{options.anchor}'; {nearest(options.anchor, modalities)}")
+        if modalities is not None:
+            others_of(options.anchor, modalities, "gram")
 
     def terms(self, embeddings: Embeddings, scalars: dict[str, Tensor]) -> list[Term]:
         """One contrast, and the orientation hinge when it has a weight."""
-        anchor_name, others = _split(embeddings, self.gram.anchor)
+        anchor_name = self.gram.anchor
+        others = others_of(anchor_name, embeddings.vectors, "gram")
         anchor = embeddings.rows(anchor_name)
         dim, k = anchor.shape[1], len(others) + 1
         if dim < k:
@@ -55,6 +55,7 @@ class Gram(Objective):
         vectors = [embeddings.rows(name) for name in others]
         valid = embeddings.mask(anchor_name) & torch.stack(masks).any(dim=0)
         axes, volume = orthonormal_axes(vectors, masks)
+        matched = matched_volumes(anchor, axes, volume)
         scale = 1 / self.temperature(scalars, anchor)
         contrast = CrossEntropy(
             name="gram",
@@ -63,7 +64,7 @@ class Gram(Objective):
                 rows={"anchor": anchor},
                 columns={"volume": volume, **{f"axis {m}": axis for m, axis in enumerate(axes)}},
                 scalars={"scale": scale},
-                matched=-matched_volumes(anchor, axes, volume) * scale,
+                matched=-matched * scale,
                 valid=valid,
                 ids=embeddings.sample_ids(),
                 score=volume_logits,
@@ -71,49 +72,19 @@ class Gram(Objective):
             ),
             label_smoothing=self.gram.label_smoothing,
         )
-        if self.gram.orientation == 0:
-            return [contrast]
-        hinges = torch.stack([torch.relu(-(anchor * vector).sum(dim=1)) for vector in vectors], dim=1)
-        kept = torch.stack(masks, dim=1)
-        hinge = (hinges * kept).sum(dim=1) / kept.sum(dim=1).clamp_min(1)
-        return [contrast, PerSample(name="orientation", weight=self.gram.orientation, values=hinge, valid=valid)]
+        terms = [contrast, *_volumes_by_arity(matched, masks, valid)]
+        if self.gram.orientation:
+            terms.append(orientation(embeddings, anchor_name, self.gram.orientation))
+        return terms
 
 
-def _split(embeddings: Embeddings, anchor: str) -> tuple[str, list[str]]:
-    if anchor not in embeddings.vectors:
-        raise UserError(f"objective gram: no embeddings of anchor '{anchor}'; {nearest(anchor, embeddings.vectors)}")
-    return anchor, [name for name in embeddings.vectors if name != anchor]
-
-
-def orthonormal_axes(
-    vectors: Sequence[Vectors], masks: Sequence[Bool[Tensor, " samples"]]
-) -> tuple[list[Vectors], PerTuple]:
-    """Gram-Schmidt with reorthogonalisation: orthonormal axes of each sample, and the volume its vectors span.
-
-    A masked vector gives a zero axis and factor 1. A vector inside the span of those before it (residual below a few
-    units of rounding) gives a zero axis and factor 0: the tuple's volume is 0 and so is its gradient.
-    """
-    floor = 16 * torch.finfo(vectors[0].dtype).eps
-    axes: list[Tensor] = []
-    volume = torch.ones_like(vectors[0][:, 0])
-    for vector, mask in zip(vectors, masks, strict=True):
-        residual = _without(vector, axes)
-        with torch.no_grad():  # removes rounding only: along unit axes its derivative is 0
-            correction = _without(residual, axes) - residual
-        residual = residual + correction
-        squared = residual.square().sum(dim=1)
-        usable = (squared > floor**2) & mask
-        length = torch.where(usable, squared, torch.ones_like(squared)).sqrt()
-        axes.append(torch.where(usable[:, None], residual / length[:, None], torch.zeros_like(residual)))
-        volume = volume * torch.where(mask & ~usable, torch.zeros_like(length), length)
-    return axes, volume
-
-
-def _without(vector: Vectors, axes: Sequence[Vectors]) -> Vectors:
-    """vector - sum of its parts along the axes"""
-    for along, axis in [((vector * axis).sum(dim=1, keepdim=True), axis) for axis in axes]:
-        vector = vector - along * axis
-    return vector
+def _volumes_by_arity(matched: PerTuple, masks: Sequence[Tensor], valid: Tensor) -> list[Term]:
+    """Metrics: the mean volume of the tuples of each number of modalities, which are not comparable with each other."""
+    arity = 1 + torch.stack(list(masks)).sum(dim=0)
+    return [
+        PerSample(name=f"volume/{k} modalities", weight=0.0, values=matched.detach(), valid=valid & (arity == k))
+        for k in range(2, len(masks) + 2)
+    ]
 
 
 def matched_volumes(anchor: Vectors, axes: Sequence[Vectors], volume: PerTuple) -> PerTuple:
@@ -122,7 +93,7 @@ def matched_volumes(anchor: Vectors, axes: Sequence[Vectors], volume: PerTuple) 
     The derivative of |r| is r/|r| with respect to a, and -<a, q> r/|r| with respect to an axis q; 0 where r is 0.
     """
     with torch.no_grad():
-        residual = _without(_without(anchor, axes), axes)
+        residual = without(without(anchor, axes), axes)
         squared = residual.square().sum(dim=1)
         usable = squared > (16 * torch.finfo(anchor.dtype).eps) ** 2
         length = torch.where(usable, squared, torch.zeros_like(squared)).sqrt()

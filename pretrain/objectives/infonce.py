@@ -5,22 +5,22 @@ A side of a pair may be a sum such as `video+audio`: the normalised sum of the m
 
 from __future__ import annotations
 
-from itertools import combinations
+from dataclasses import replace
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from data_pipeline.settings import UserError, nearest
 from pretrain.objective_config import InfonceOptions
 from pretrain.objectives.embeddings import Embeddings
+from pretrain.objectives.modalities import Mask, Vectors, modality_pairs, side
 from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, Rows, Term
 
 
 class Infonce(Objective):
     """Sum (or mean) over pairs of the symmetric cross entropy of cosines / temperature.
 
-    A pair's term counts the samples that have both sides; a pair that no sample has adds 0.
+    A pair's term counts the samples that have both sides; a pair that no sample has adds 0. `within` adds, of each
+    modality, the cross entropy of its augmented view among those of all samples.
 
     Raises:
         UserError: a pair or the anchor names a modality that is not one of `modalities`.
@@ -30,63 +30,68 @@ class Infonce(Objective):
         super().__init__(options, modalities)
         self.infonce = options
         if modalities is not None:
-            self._pairs(modalities)
+            modality_pairs(options, modalities, "infonce")
 
     def terms(self, embeddings: Embeddings, scalars: dict[str, Tensor]) -> list[Term]:
         """One contrast a pair."""
-        pairs = self._pairs(tuple(embeddings.vectors))
-        weight = 1.0 if self.infonce.reduce == "sum" else 1 / len(pairs)
-        return [self._contrast(a, b, weight, embeddings, scalars) for a, b in pairs]
+        pairs = modality_pairs(self.infonce, embeddings.vectors, "infonce")
+        mean_over = "" if self.infonce.reduce == "sum" else "pairs"
+        terms: list[Term] = []
+        for a, b in pairs:
+            contrast = self._contrast(f"{a}-{b}", embeddings, side(embeddings, a), side(embeddings, b), scalars)
+            terms.append(replace(contrast, mean_over=mean_over))
+        if self.infonce.within:
+            augmented = embeddings.view("augmented", "infonce.within")
+            for name in embeddings.vectors:
+                views = side(embeddings, name), side(augmented, name)
+                contrast = self._contrast(f"{name}-augmented", embeddings, *views, scalars)
+                terms.append(replace(contrast, weight=self.infonce.within, row_weight=1.0, column_weight=0.0))
+        return terms
 
     def _contrast(
-        self, a: str, b: str, weight: float, embeddings: Embeddings, scalars: dict[str, Tensor]
+        self,
+        place: str,
+        embeddings: Embeddings,
+        left: tuple[Vectors, Mask],
+        right: tuple[Vectors, Mask],
+        scalars: dict[str, Tensor],
     ) -> CrossEntropy:
-        (left, left_valid), (right, right_valid) = side(embeddings, a), side(embeddings, b)
-        scale = 1 / self.temperature(scalars, left)
+        scale = 1 / self.temperature(scalars, left[0])
         return CrossEntropy(
-            name=f"infonce/{a}-{b}",
-            weight=weight,
-            pairs=Pairs(
-                rows={"left": left},
-                columns={"right": right},
-                scalars={"scale": scale},
-                matched=(left * right).sum(dim=1) * scale,
-                valid=left_valid & right_valid,
-                ids=embeddings.sample_ids(),
-                score=cosine_logits,
-                tile=self.infonce.tile,
-            ),
+            name=f"infonce/{place}",
+            weight=1.0,
+            pairs=cosine_pairs(embeddings, left, right, {"scale": scale}, self.infonce.tile),
             label_smoothing=self.infonce.label_smoothing,
         )
 
-    def _pairs(self, modalities: tuple[str, ...]) -> list[tuple[str, str]]:
-        if self.infonce.pairs != "all":
-            pairs = list(self.infonce.pairs)
-        elif self.infonce.anchor is not None:
-            pairs = [(self.infonce.anchor, name) for name in modalities if name != self.infonce.anchor]
-        else:
-            pairs = list(combinations(modalities, 2))
-        for name in (name for pair in pairs for one in pair for name in one.split("+")):
-            if name not in modalities:
-                raise UserError(f"objective infonce: modality '{name}'; {nearest(name, modalities)}")
-        return pairs
 
+def cosine_pairs(
+    embeddings: Embeddings,
+    left: tuple[Vectors, Mask],
+    right: tuple[Vectors, Mask],
+    scalars: dict[str, Tensor],
+    tile: int,
+) -> Pairs:
+    """Every left vector against every right one: <left_i, right_j> * scale + bias, of the samples that have both.
 
-def side(embeddings: Embeddings, name: str) -> tuple[Float[Tensor, "samples dim"], Bool[Tensor, " samples"]]:
-    """Vectors and validity of one side of a pair: a modality, or the normalised sum of several ("video+audio")."""
-    names = name.split("+")
-    if len(names) == 1:
-        return embeddings.rows(name), embeddings.mask(name)
-    total = torch.stack([embeddings.rows(one) for one in names]).sum(dim=0)
-    squared = total.square().sum(dim=1)
-    usable = squared > torch.finfo(total.dtype).eps
-    length = torch.where(usable, squared, torch.ones_like(squared)).sqrt()
-    return torch.where(usable[:, None], total / length[:, None], torch.zeros_like(total)), usable
+    scalars: "scale", and "bias" where there is one.
+    """
+    return Pairs(
+        rows={"left": left[0]},
+        columns={"right": right[0]},
+        scalars=scalars,
+        matched=(left[0] * right[0]).sum(dim=1) * scalars["scale"] + scalars.get("bias", 0.0),
+        valid=left[1] & right[1],
+        ids=embeddings.sample_ids(),
+        score=cosine_logits,
+        tile=tile,
+    )
 
 
 def cosine_logits(rows: Rows, columns: Rows, scalars: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
-    """<left_i, right_j> / temperature"""
-    return rows["left"] @ columns["right"].T * scalars["scale"]
+    """<left_i, right_j> * scale, and + bias where there is one."""
+    logits = rows["left"] @ columns["right"].T * scalars["scale"]
+    return logits + scalars["bias"] if "bias" in scalars else logits
 
 
 OBJECTIVE = Infonce

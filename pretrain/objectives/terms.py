@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pretrain.objective_config import ObjectiveOptions
+from pretrain.objective_config import ObjectiveOptions, Options, TemperatureOptions
 from pretrain.objectives.embeddings import Embeddings
 
 Rows = dict[str, Tensor]  # per-sample tensors [n, ...] by name
@@ -59,6 +59,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
     row_weight: float = 0.5
     column_weight: float = 0.5
+    mean_over: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class SigmoidCrossEntropy:
     name: str
     weight: float
     pairs: Pairs
+    mean_over: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,18 @@ class LogMeanExp:
     over: Literal["pairs", "rows"] = "pairs"
     normalizer: Literal["pairs", "samples"] = "pairs"
     matched: bool = True
+    mean_over: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogMeanProduct:
+    """log mean_i prod_g (mean_j exp(s^g_ij))^power, over the samples that are valid in all pairs g; j includes i."""
+
+    name: str
+    weight: float
+    pairs: tuple[Pairs, ...]
+    power: float = 1.0
+    mean_over: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +113,36 @@ class PairSum:
     pairs: Pairs
     normalizer: Literal["samples", "pairs"] = "samples"
     matched: bool = True
+    mean_over: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TupleCrossEntropy:
+    """Softmax cross entropy of a row's own tuple among tuples of the other modalities (Symile, arXiv 2411.01053).
+
+    score of row i with a tuple (j, l, ...): scale * sum_d row_id other^1_jd other^2_ld ... A tuple of other samples
+    takes part where all its members are there; one that is all of the row's own item is not counted. In the own tuple
+    of a sample a missing member is the vector of all `fill`; a modality that no sample has is left out of all.
+
+    row [n, D], valid [n]: those that take part; others, there: {modality: [n, D]} and {modality: [n]}; ids [n] as in
+    `Pairs`; scale [1]. candidates "all": every tuple, at most `max_tuples`; "shuffled": at most as many as there are
+    samples, each modality in an order drawn from its name and the ids of the global batch by hashing. tile: rows and
+    tuples scored at once.
+    """
+
+    name: str
+    weight: float
+    row: Tensor
+    valid: Tensor
+    others: dict[str, Tensor]
+    there: dict[str, Tensor]
+    fill: float
+    ids: Tensor
+    scale: Tensor
+    candidates: Literal["all", "shuffled"]
+    max_tuples: int
+    tile: int
+    mean_over: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +153,23 @@ class PerSample:
     weight: float
     values: Tensor
     valid: Tensor
+    mean_over: str = ""
 
 
-Term = CrossEntropy | SigmoidCrossEntropy | LogMeanExp | PairSum | PerSample
+@dataclass(frozen=True, kw_only=True)
+class TermSum:
+    """The sum of factor * value over terms, whose own weights do not count."""
+
+    name: str
+    weight: float
+    parts: tuple[tuple[float, LogMeanExp | LogMeanProduct | PairSum | PerSample], ...]
+    mean_over: str = ""
+
+
+# mean_over: a name shared by terms whose weights are divided by how many of them have samples.
+Term = (
+    CrossEntropy | SigmoidCrossEntropy | LogMeanExp | LogMeanProduct | PairSum | TupleCrossEntropy | PerSample | TermSum
+)
 
 
 class LearnedScalars(nn.Module):
@@ -138,24 +196,44 @@ class ObjectiveOutput:
 
 
 class Objective(nn.Module, ABC):
-    """Base of all objectives: a temperature, learned or fixed, and `terms`."""
+    """Base of all objectives: learned scalars, a temperature among them where the options have one, and `terms`.
 
-    def __init__(self, options: ObjectiveOptions, modalities: tuple[str, ...] | None = None) -> None:
+    Args:
+        options: its own, see `pretrain.objective_config`.
+        modalities: names the run has, to check names in options; None checks them when called.
+        learned: further scalars by name, and what they begin with.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        modalities: tuple[str, ...] | None = None,
+        learned: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__()
         self.options = options
-        self.name = type(self).__name__.lower()
-        low, high = (math.log(limit) for limit in options.temperature_range)
-        share = (math.log(options.temperature) - low) / (high - low)
-        learned = {"temperature": math.log(share / (1 - share))} if options.learn_temperature else {}
-        self.scalars = LearnedScalars(learned)
+        self.name = options.name
+        self.scalars = LearnedScalars(_initial_temperature(options) | dict(learned or {}))
 
     def temperature(self, scalars: dict[str, Tensor], like: Tensor) -> Tensor:
         """[1]: log-temperature moves between the logarithms of the range by a sigmoid, so it stays inside and the
         gradient is exact everywhere (a clamp has none outside, and an unbounded one can cross zero)."""
+        options = self.options
+        assert isinstance(options, TemperatureOptions)
         if "temperature" not in scalars:
-            return torch.tensor([self.options.temperature], dtype=like.dtype, device=like.device)
-        low, high = (math.log(limit) for limit in self.options.temperature_range)
-        return (low + (high - low) * scalars["temperature"].to(like.dtype).sigmoid()).exp()
+            return torch.tensor([options.temperature], dtype=like.dtype, device=like.device)
+        learned = scalars["temperature"].to(like.dtype)
+        if options.temperature_form == "divided":
+            return learned
+        low, high = (math.log(limit) for limit in options.temperature_range)
+        return (low + (high - low) * learned.sigmoid()).exp()
+
+    def learned_values(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        """What each learned scalar stands at, in the unit of its option, for the log."""
+        return {
+            name: (self.temperature(scalars, value) if name == "temperature" else value).item()
+            for name, value in scalars.items()
+        }
 
     @abstractmethod
     def terms(self, embeddings: Embeddings, scalars: dict[str, Tensor]) -> list[Term]:
@@ -167,6 +245,16 @@ class Objective(nn.Module, ABC):
 
         value = evaluate_terms(self.terms(embeddings, self.scalars()))
         return ObjectiveOutput(loss=value.local_loss, metrics=value.metrics)
+
+
+def _initial_temperature(options: ObjectiveOptions) -> dict[str, float]:
+    if not isinstance(options, TemperatureOptions) or not options.learn_temperature:
+        return {}
+    if options.temperature_form == "divided":
+        return {"temperature": options.temperature}
+    low, high = (math.log(limit) for limit in options.temperature_range)
+    share = (math.log(options.temperature) - low) / (high - low)
+    return {"temperature": math.log(share / (1 - share))}
 
 
 def positive_cosines(embeddings: Embeddings) -> list[Term]:

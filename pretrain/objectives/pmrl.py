@@ -1,0 +1,167 @@
+"""PMRL: a sample's modalities are aligned when their leading singular value carries all (arXiv 2507.17343).
+
+M_i = [z_1 ... z_k] has singular values s_1 >= ... >= s_k and a leading left vector u_i, the direction its modalities
+share. Two terms: the softmax of the singular values wants the first, and the u_i of different samples contrast. The
+official code (model/pmrl.py at c3997e9) takes a full SVD, whose vectors have arbitrary signs (its contrast depends on
+them) and whose gradient is NaN where singular values are equal; here a k x k eigendecomposition, a sign that is a
+function of the sample, and gradients that need no gaps but s_1's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from data_pipeline.settings import UserError
+from pretrain.objective_config import PmrlOptions
+from pretrain.objectives.embeddings import Embeddings
+from pretrain.objectives.modalities import orientation, others_of
+from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Rows, Term
+
+Matrices = Float[Tensor, "samples modalities dim"]  # row m: modality m; rows of zeros: missing
+GAP = 1e-6  # of s_1^2: below it u_1 has no derivative with respect to a turn towards u_j
+
+
+class Pmrl(Objective):
+    """w_values * mean_i[lse_m(s_im / tau_1) - s_i1 / tau_1] + w_contrast * CE(u_i . u_j / tau_2).
+
+    Singular values of the modalities that a sample has, as many as those; samples with fewer than two are dropped. The
+    contrast has one direction: its scores are symmetric. sign "anchor": u_i points to the anchor's side (where
+    that is orthogonal or missing: to that of the first other modality by name); "free": (u_i . u_j)^2.
+
+    Raises:
+        UserError: `anchor` is not one of `modalities`; more modalities than dimensions.
+    """
+
+    def __init__(self, options: PmrlOptions, modalities: tuple[str, ...] | None = None) -> None:
+        super().__init__(options, modalities)
+        self.pmrl = options
+        if modalities is not None:
+            others_of(options.anchor, modalities, "pmrl")
+
+    def terms(self, embeddings: Embeddings, scalars: dict[str, Tensor]) -> list[Term]:
+        """Of values, of leading vectors, and the orientation hinge when it has a weight."""
+        options = self.pmrl
+        names = [options.anchor, *sorted(others_of(options.anchor, embeddings.vectors, "pmrl"))]
+        matrices = torch.stack([embeddings.rows(name) for name in names], dim=1)
+        there = torch.stack([embeddings.mask(name) for name in names], dim=1)
+        if matrices.shape[2] < len(names):
+            raise UserError(
+                f"objective pmrl: {len(names)} modalities in {matrices.shape[2]} dimensions; expected dim >= modalities"
+            )
+        values, leading = leading_direction(matrices, there)
+        valid = there.sum(dim=1) >= 2
+        terms: list[Term] = [
+            PerSample(
+                name="pmrl/values",
+                weight=options.weights.values,
+                values=_softmax_loss(values / options.value_temperature, there.sum(dim=1)),
+                valid=valid,
+            ),
+            CrossEntropy(
+                name="pmrl/contrast",
+                weight=options.weights.contrast,
+                pairs=Pairs(
+                    rows={"leading": leading},
+                    columns={"leading": leading},
+                    scalars={"scale": leading.new_tensor([1 / options.temperature])},
+                    matched=leading.square().sum(dim=1) / options.temperature,
+                    valid=valid,
+                    ids=embeddings.sample_ids(),
+                    score=leading_logits if options.sign == "anchor" else sign_free_logits,
+                    tile=options.tile,
+                ),
+                label_smoothing=options.label_smoothing,
+                row_weight=1.0,
+                column_weight=0.0,
+            ),
+        ]
+        if options.orientation:
+            terms.append(orientation(embeddings, options.anchor, options.orientation))
+        return terms
+
+
+def _softmax_loss(logits: Float[Tensor, "samples modalities"], count: Tensor) -> Float[Tensor, " samples"]:
+    """lse over the first `count` of each row, minus the first: as log(1 + sum of the rest), exact near 0."""
+    rest = logits[:, 1:] - logits[:, :1]
+    places = torch.arange(1, logits.shape[1], device=logits.device)
+    there = places[None, :] < count[:, None]
+    return torch.log1p(torch.where(there, rest, torch.full_like(rest, -torch.inf)).exp().sum(dim=1))
+
+
+def leading_direction(
+    matrices: Matrices, there: Bool[Tensor, "samples modalities"]
+) -> tuple[Float[Tensor, "samples modalities"], Float[Tensor, "samples dim"]]:
+    """Singular values, descending, and the leading unit vector, signed by the first modality that is not orthogonal to
+    it; zeros for a sample without any. Rows where `there` is false are zero.
+    """
+    values, leading = _LeadingDirection.apply(matrices)
+    assert isinstance(values, Tensor)
+    assert isinstance(leading, Tensor)
+    return values, leading
+
+
+class _LeadingDirection(torch.autograd.Function):
+    """[n, k, D] -> s [n, k], u_1 [n, D], from the k x k Gram matrix.
+
+    ds_m = u_m^T dM v_m, with u_m = 0 where s_m = 0. du_1 has a part 1 / (s_1^2 - s_j^2) towards each u_j, left out
+    where the gap is below `GAP`, and one out of the span, 1 / s_1.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        gram = matrices @ matrices.transpose(1, 2)
+        _, vectors = torch.linalg.eigh(gram)
+        vectors = vectors.flip(-1)  # descending: v_m in column m
+        products = vectors.transpose(1, 2) @ matrices  # row m: s_m u_m
+        values = products.norm(dim=2)
+        values, order = values.sort(dim=1, descending=True)  # equal ones may have come out of order by rounding
+        products = products.gather(1, order[:, :, None].expand_as(products))
+        vectors = vectors.gather(2, order[:, None, :].expand_as(vectors))
+        usable = values > 16 * torch.finfo(values.dtype).eps
+        left = torch.where(usable[:, :, None], products / torch.where(usable, values, 1)[:, :, None], 0)
+        sign = _signs(vectors[:, :, 0])
+        left, vectors = left * sign[:, None, None], vectors * sign[:, None, None]
+        ctx.save_for_backward(values, left, vectors)
+        return values, left[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        values, left, right = ctx.saved_tensors  # [n, k], [n, k (m), D], [n, k, k (m)]
+        by_value, by_leading = grads
+        first = values[:, :1]
+        usable = first > 0
+        gap = first.square() - values.square()
+        apart = gap > GAP * first.square()
+        along = (left @ by_leading[:, :, None]).squeeze(2)  # g . u_m
+        turn = torch.where(apart, along / torch.where(apart, gap, 1), 0)  # column 0 has no gap
+        outside = by_leading - (along[:, None, :] @ left).squeeze(1)
+        outside = torch.where(usable, outside / torch.where(usable, first, 1), 0)
+        # dL = sum_m g_m u_m v_m^T + sum_j c_j (s_1 u_j v_1^T + s_j u_1 v_j^T) + outside v_1^T / s_1
+        by_row = by_value[:, :, None] * left  # [n, m, D], to be spread by v_m
+        by_row[:, 0] += outside + ((turn * first)[:, None, :] @ left).squeeze(1)
+        by_row += (turn * values)[:, :, None] * left[:, :1]
+        return right @ by_row
+
+
+def _signs(first: Float[Tensor, "samples modalities"]) -> Float[Tensor, " samples"]:
+    """Of the first entry of each row of v_1 that is not rounding: z_m . u_1 = s_1 v_1m."""
+    large = first.abs() > 64 * torch.finfo(first.dtype).eps
+    place = large.to(torch.int8).argmax(dim=1)
+    return torch.where(first.gather(1, place[:, None]).squeeze(1) < 0, -1.0, 1.0).to(first.dtype)
+
+
+def leading_logits(rows: Rows, columns: Rows, scalars: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
+    """u_i . u_j / tau_2"""
+    return rows["leading"] @ columns["leading"].T * scalars["scale"]
+
+
+def sign_free_logits(rows: Rows, columns: Rows, scalars: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
+    """(u_i . u_j)^2 / tau_2"""
+    return (rows["leading"] @ columns["leading"].T).square() * scalars["scale"]
+
+
+OBJECTIVE = Pmrl
