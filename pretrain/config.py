@@ -31,6 +31,7 @@ class AugmentConfig(Settings):
     flip: bool = False  # mirrors the picture; off because captions may say left and right
     brightness: float = Field(0.1, ge=0, le=1)  # factor drawn from [1 - b, 1 + b]
     gain_db: float = Field(6.0, ge=0)  # gain of the sound drawn from [-g, g]
+    word_dropout: float = Field(0.0, ge=0, lt=1)  # share of the words of a caption that are left out; one always stays
 
     @field_validator("crop_scale")
     @classmethod
@@ -50,6 +51,8 @@ class DataConfig(Settings):
     prefetch_batches: PositiveInt = 2  # batches a worker keeps ready
     block_shards: PositiveInt = 8  # samples are shuffled inside blocks of this many (shuffled) shards
     augment: AugmentConfig = AugmentConfig()
+    # Of the second view of each sample, where an objective wants one; a tenth of the words: EDA (arXiv 1901.11196).
+    second_view: AugmentConfig = AugmentConfig(word_dropout=0.1)
     cache_dir: str | None = None  # for shards of URLs, on a local disk; null: a folder in the user's cache folder
     cache_gib: PositiveFloat = 50.0  # bound on the shards in it, which all processes of a node share
 
@@ -187,6 +190,9 @@ class TrainConfig(Settings):
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = False  # ZeRO 1 to 3: master weights and moments live, and are updated, on the host
     ema_decay: float | None = Field(None, gt=0, lt=1)  # keep an average of the towers; it is what is then evaluated
+    # What embeds the second view: the towers, with gradients, or their average, as momentum encoders do (ALBEF, arXiv
+    # 2107.07651).
+    second_view_by: Literal["towers", "average"] = "towers"
     threads: int = Field(0, ge=0)  # CPU threads a rank computes with; 0: cores / ranks of this machine
     log_every: PositiveInt = (
         10  # steps between lines on the terminal, which has the first and the last too; metrics.jsonl: all
@@ -250,6 +256,17 @@ class RunConfig(Settings):
             if name not in IDENTITY:
                 raise ValueError(f"'{name}'; {nearest(name, IDENTITY)}")
         return value
+
+    @property
+    def views(self) -> frozenset[str]:
+        """Further embeddings of each sample that the objectives want: "augmented", "independent"."""
+        return frozenset().union(*(part.views for part in self.objective))
+
+    @model_validator(mode="after")
+    def _an_average_to_embed_by(self) -> RunConfig:
+        if self.train.second_view_by == "average" and self.train.ema_decay is None:
+            raise ValueError("train.second_view_by average needs train.ema_decay, found null")
+        return self
 
     @model_validator(mode="after")
     def _something_to_offload(self) -> RunConfig:

@@ -69,13 +69,14 @@ def check_target(out: Path, force: bool) -> None:
 def _write(folder: Path, name: str, config: RunConfig, towers: Towers, source: Path) -> ExportConfig:
     """All files of the export, flushed to disk."""
     # Cloned: the format refuses tensors that share memory, as tied weights do.
-    weights = {key: _as_fp32(value) for key, value in towers.state_dict().items()}
+    kept = {key: value for key, value in towers.state_dict().items() if ".independent." not in key}
+    weights = {key: _as_fp32(value) for key, value in kept.items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     progress = read_description(source)["progress"]
     identity = read_description(source)["identity"]
     run = source.parent.parent
     exported = ExportConfig(
-        **ModelConfig.of(config).model_dump(exclude={"towers"}),
+        **ModelConfig.of(config).model_dump(exclude={"towers", "independent"}),
         towers=_portable_towers(folder, config.towers, towers),
         score="volume" if own_score(config) == "volume" else "cosine",
         anchor=anchor_of(config),

@@ -41,7 +41,7 @@ class GradCache:
     chunk: samples a rank holds activations for at once. seed: of the run; draws are keyed by
     (seed, step, tower, global micro-chunk). loss_dtype: in which the objective is computed. stage(name): context
     around pass_1, objective, pass_2, for timing; around gather, inside objective: what its ranks tell each other.
-    observe(what, tensors): is shown the local "embeddings" and their "cached gradients", {modality: [n, D]}.
+    observe(what, tensors): is shown the local "embeddings" and their "cached gradients", {modality[@view]: [n, D]}.
     """
 
     engine: Engine
@@ -88,7 +88,10 @@ class GradCache:
         number = f"{place // self.chunk}.{place % self.chunk}"  # ".0" wherever chunks divide a rank's rows
         inputs, present = batch.chunk(start, stop, self.world.device)
         outputs: Outputs = self.engine(
-            inputs, present, around=lambda tower: keyed_random(self.seed, step, tower, number)
+            inputs,
+            present,
+            around=lambda tower: keyed_random(self.seed, step, tower, number),
+            augmented=batch.augmented_chunk(start, stop, self.world.device),
         )
         return outputs
 
@@ -102,7 +105,7 @@ class GradCache:
         scalars = {name: value.requires_grad_() for name, value in scalars.items()}
         with torch.enable_grad():
             present = {name: mask.to(self.world.device) for name, mask in batch.present.items()}
-            embeddings = Embeddings(vectors=vectors, present=present, ids=batch.ids.to(self.world.device))
+            embeddings = Embeddings.of_outputs(vectors, present, batch.ids.to(self.world.device))
             world = replace(self.world, around=lambda: self.stage("gather"))
             value = evaluate_terms(model.objective.terms(embeddings, scalars), world)
         leaves = [*vectors.values(), *scalars.values()]

@@ -160,7 +160,7 @@ class Model:
         """Embeddings [n, D] of one modality's inputs."""
         inputs = {key: torch.from_numpy(np.stack([row[key] for row in values])).to(self.device) for key in values[0]}
         present = torch.ones(len(values), dtype=torch.bool, device=self.device)
-        rows: Tensor = self.towers.towers[name](inputs, present)
+        rows: Tensor = self.towers.towers[name](inputs, present)[""]
         return rows.float().cpu()
 
 

@@ -82,7 +82,7 @@ def _observed(session: Session, batch: Batch) -> Iterator[Fact]:
     metrics = session.backward(batch)
     for what, stage in (("embeddings", "pass 1"), ("cached gradients", "objective")):
         for modality, rows in seen[what].items():
-            yield from _of_rows(f"{modality} {what}", stage, rows, batch, modality)
+            yield from _of_rows(f"{modality} {what}", stage, rows, batch, modality.partition("@")[0])
     for name, value in metrics.items():
         yield Fact(stage="objective", what=name, value=f"{value:.9g}")
     gradients = {name: engine.full_gradient(p) for name, p in engine.trainable()}

@@ -70,6 +70,7 @@ class Session:
         return TrainLoader(
             self.dataset, config.data, config.towers, global_batch=config.train.global_batch, seed=config.seed,
             rank=world.rank, world=world.size, start_position=self.progress.position,
+            second_view="augmented" in config.views,
         )  # fmt: skip
 
     def step(self, batch: Batch) -> tuple[dict[str, float], bool]:

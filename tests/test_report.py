@@ -155,7 +155,7 @@ def test_page_made_while_training_holds_the_runs_figures(trained: Path) -> None:
     steps = [record["step"] for record in lines]
     assert steps == list(range(1, NUM_STEPS + 1))
     shown = {
-        "Loss and its terms": {"loss": "loss", "gram": "gram", "orientation": "orientation"},
+        "Loss and its terms": {"loss": "loss", "gram": "gram", "gram/orientation": "gram/orientation"},
         "Positive cosine while training": {p: f"positive_cosine/{p}" for p in ("video-audio", "video-text")},
         "Temperatures": {"gram": "temperature/gram"},
         "Gradient norm": {"grad_norm": "grad_norm"},

@@ -34,6 +34,8 @@ class Batch:
         audio   waveform int16 [n, S] mono          num_samples int64 [n], the valid length of each row
         text    token_ids int64 [n, L]              token_mask bool [n, L]
 
+    augmented: the same for a second view of each sample, drawn otherwise; None: nobody asked for one.
+
     position, next_position: where the *global* batch begins in the run's sequence of samples, and where the next does.
     events: what could not be read, with the reason.
     """
@@ -46,6 +48,7 @@ class Batch:
     position: int
     next_position: int
     events: list[LoadEvent]
+    augmented: Inputs | None = None
 
     @property
     def num_samples(self) -> int:
@@ -54,16 +57,18 @@ class Batch:
 
     def chunk(self, start: int, stop: int, device: torch.device | str = "cpu") -> tuple[Inputs, dict[str, Tensor]]:
         """`inputs` and `present` of rows [start, stop) on `device`; copies from pinned memory do not block."""
+        present = {name: mask[start:stop].to(device, non_blocking=True) for name, mask in self.present.items()}
+        return _cut(self.inputs, start, stop, device), present
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor[start:stop].to(device, non_blocking=True)
-
-        return _map(self.inputs, move), {name: move(mask) for name, mask in self.present.items()}
+    def augmented_chunk(self, start: int, stop: int, device: torch.device | str = "cpu") -> Inputs | None:
+        """The second view of these rows, if there is one."""
+        return None if self.augmented is None else _cut(self.augmented, start, stop, device)
 
     def pin_memory(self) -> Batch:
         """The same batch with page-locked inputs; torch's DataLoader calls this."""
         present = {name: mask.pin_memory() for name, mask in self.present.items()}
-        return replace(self, inputs=_map(self.inputs, Tensor.pin_memory), present=present)
+        augmented = None if self.augmented is None else _map(self.augmented, Tensor.pin_memory)
+        return replace(self, inputs=_map(self.inputs, Tensor.pin_memory), augmented=augmented, present=present)
 
     def share_memory(self) -> None:
         """Move all tensors to memory that another process can map.
@@ -71,9 +76,14 @@ class Batch:
         Raises:
             RuntimeError: there is no room for them.
         """
-        inputs = [tensor for tensors in self.inputs.values() for tensor in tensors.values()]
+        both = [*self.inputs.values(), *(self.augmented or {}).values()]
+        inputs = [tensor for tensors in both for tensor in tensors.values()]
         for tensor in (self.ids, self.epochs, *self.present.values(), *inputs):
             tensor.share_memory_()
+
+
+def _cut(inputs: Inputs, start: int, stop: int, device: torch.device | str) -> Inputs:
+    return _map(inputs, lambda tensor: tensor[start:stop].to(device, non_blocking=True))
 
 
 def _map(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:

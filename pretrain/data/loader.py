@@ -23,6 +23,7 @@ class TrainLoader:
     Args:
         global_batch: samples of one step over all `world` ranks.
         start_position: where to begin: the `next_position` of the last batch that was used.
+        second_view: each batch also has `data.second_view` of its samples.
 
     Raises:
         UserError: ranks do not divide the global batch, the split is empty, or the tokenizer cannot be had.
@@ -39,6 +40,7 @@ class TrainLoader:
         rank: int = 0,
         world: int = 1,
         start_position: int = 0,
+        second_view: bool = False,
     ) -> None:
         if global_batch % world:
             below = global_batch - global_batch % world
@@ -49,7 +51,8 @@ class TrainLoader:
         mixture = dataset if isinstance(dataset, Mixture) else Mixture([dataset])
         self._names = mixture.names
         self._order = mixture.order(seed, data.block_shards)
-        self._reader = BatchReader(mixture, towers, data.window_s, data.augment, seed)
+        second = data.second_view if second_view else None
+        self._reader = BatchReader(mixture, towers, data.window_s, data.augment, seed, second)
         self._global_batch = global_batch
         self._rows = (rank * global_batch // world, (rank + 1) * global_batch // world)
         positions = count(start_position, global_batch)

@@ -38,6 +38,7 @@ class BatchReader:
 
     Args:
         augment: random changes of training, drawn from (seed, epoch, key); None: the fixed ones of evaluation.
+        second_view: those of a second view of each sample, in `Batch.augmented`; None: there is none.
 
     Raises:
         UserError: the tokenizer cannot be had.
@@ -50,12 +51,14 @@ class BatchReader:
         window_s: float,
         augment: AugmentConfig | None,
         seed: int,
+        second_view: AugmentConfig | None = None,
     ) -> None:
         self.dataset = dataset if isinstance(dataset, Mixture) else Mixture([dataset])
         self._towers = towers
         self._window_s = window_s
         self._augment = augment
         self._seed = seed
+        self._second_view = second_view
         self._tracks = [name for name in ("video", "audio") if name in towers.names]
         self._tokenizer = Tokenizer(towers.text.tokenizer, towers.text.max_tokens) if towers.text is not None else None
 
@@ -68,8 +71,8 @@ class BatchReader:
         check: Callable[[], None] | None = None,
     ) -> Batch:
         """The batch of samples `indices` as seen in `epochs`; `check` is called between samples and may raise."""
-        arrays = self._zeros(len(indices))
-        present = {name: np.zeros(len(indices), dtype=np.bool_) for name in arrays}
+        views = [self._zeros(len(indices)) for _ in range(1 if self._second_view is None else 2)]
+        present = {name: np.zeros(len(indices), dtype=np.bool_) for name in views[0]}
         keys: list[str] = []
         events: list[LoadEvent] = []
         self.dataset.expect(indices)
@@ -84,36 +87,35 @@ class BatchReader:
                 error.add_note(f"while loading sample {row['key']} of {self.dataset.location_of(index)}")
                 raise
             events += problems
-            for modality, parts in values.items():
+            for modality, found in values.items():
                 present[modality][place] = True
-                for name, value in parts.items():
-                    arrays[modality][name][place] = value
+                for arrays, parts in zip(views, found, strict=True):
+                    for name, value in parts.items():
+                        arrays[modality][name][place] = value
         return Batch(
             keys=keys,
             ids=torch.tensor(indices, dtype=torch.int64),
             epochs=torch.tensor(epochs, dtype=torch.int64),
             present={name: torch.from_numpy(mask) for name, mask in present.items()},
-            inputs={name: {k: torch.from_numpy(a) for k, a in parts.items()} for name, parts in arrays.items()},
+            inputs=_as_tensors(views[0]),
+            augmented=_as_tensors(views[1]) if len(views) > 1 else None,
             position=position,
             next_position=next_position,
             events=events,
         )
 
-    def _sample(self, index: int, row: dict[str, Any], epoch: int) -> tuple[dict[str, Values], list[LoadEvent]]:
-        """The modalities a sample has, each as a row of the batch, and those it should have and that cannot be read."""
+    def _sample(self, index: int, row: dict[str, Any], epoch: int) -> tuple[dict[str, list[Values]], list[LoadEvent]]:
+        """The modalities a sample has, each as a row of the batch in every view, and those it should have and that
+        cannot be read."""
         key = row["key"]
-        how = Augmentation() if self._augment is None else draw_augmentation(self._augment, self._seed, epoch, key)
-        start_s = window_start_s(row, self._tracks, self._window_s, how.window)
-        values: dict[str, Values] = {}
+        views = [Augmentation() if self._augment is None else draw_augmentation(self._augment, self._seed, epoch, key)]
+        if self._second_view is not None:
+            views.append(draw_augmentation(self._second_view, self._seed, epoch, key, "second view"))
+        values: dict[str, list[Values]] = {}
         events: list[LoadEvent] = []
         for modality in self._towers.names:
             try:
-                if modality == "text":
-                    found = self._text(row, how)
-                else:
-                    data = self.dataset.read_member(index, modality, row)
-                    read = self._video if modality == "video" else self._audio
-                    found = None if data is None else read(data, row, start_s, how)
+                found = self._modality(index, row, modality, views)
             except (DamagedMember, UndecodableMedia) as error:
                 (number,) = self.dataset.numbers([index])
                 reason = f"{type(error).__name__}: {error}"
@@ -122,6 +124,20 @@ class BatchReader:
             if found is not None:
                 values[modality] = found
         return values, events
+
+    def _modality(
+        self, index: int, row: dict[str, Any], modality: str, views: Sequence[Augmentation]
+    ) -> list[Values] | None:
+        """Read once, decoded for each view; None: the sample lacks it."""
+        if modality == "text":
+            texts = [self._text(row, how) for how in views]
+            return [text for text in texts if text is not None] or None
+        data = self.dataset.read_member(index, modality, row)
+        if data is None:
+            return None
+        read = self._video if modality == "video" else self._audio
+        starts_s = [window_start_s(row, self._tracks, self._window_s, how.window) for how in views]
+        return [read(data, row, start_s, how) for start_s, how in zip(starts_s, views, strict=True)]
 
     def _video(self, data: bytes, row: dict[str, Any], start_s: float, how: Augmentation) -> Values:
         video = self._towers.video
@@ -167,3 +183,7 @@ class BatchReader:
                 "token_mask": np.zeros((n, text.max_tokens), dtype=np.bool_),
             }
         return arrays
+
+
+def _as_tensors(arrays: Arrays) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: {k: torch.from_numpy(a) for k, a in parts.items()} for name, parts in arrays.items()}

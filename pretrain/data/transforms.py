@@ -24,7 +24,7 @@ class Augmentation:
 
     window, crop_x, crop_y: place of the time window in the clip and of the crop in the picture, from 0 (first, left,
     top) over 0.5 (centred) to 1. crop_side: side of the square crop over the short side of the picture. brightness,
-    gain: factors. caption: which one of several, in [0, 1).
+    gain: factors. caption: which one of several, in [0, 1). word_dropout: share of words left out, drawn from word_key.
     """
 
     window: float = 0.5
@@ -35,17 +35,19 @@ class Augmentation:
     brightness: float = 1.0
     gain: float = 1.0
     caption: float = 0.0
+    word_dropout: float = 0.0
+    word_key: int = 0
 
 
-def draw_augmentation(config: AugmentConfig, seed: int, epoch: int, key: str) -> Augmentation:
-    """The random changes of sample `key` in `epoch`.
+def draw_augmentation(config: AugmentConfig, seed: int, epoch: int, key: str, view: str = "augment") -> Augmentation:
+    """The random changes of sample `key` in `epoch`; another `view` has other draws.
 
     Every draw has its fixed place in the stream, so changing one setting changes no other draw. The crop is square,
     `crop_scale` being its area over that of the largest square: shapes keep their proportions, as in evaluation.
     """
-    digest = hashlib.blake2b(f"augment/{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
-    raw = np.random.Philox(key=int.from_bytes(digest, "big")).random_raw(8)
-    window, scale, crop_x, crop_y, flip, brightness, gain, caption = ((raw >> np.uint64(11)) * 2.0**-53).tolist()
+    digest = hashlib.blake2b(f"{view}/{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
+    raw = np.random.Philox(key=int.from_bytes(digest, "big")).random_raw(9)
+    window, scale, crop_x, crop_y, flip, brightness, gain, caption = ((raw[:8] >> np.uint64(11)) * 2.0**-53).tolist()
     low, high = config.crop_scale
     return Augmentation(
         window=window,
@@ -56,6 +58,8 @@ def draw_augmentation(config: AugmentConfig, seed: int, epoch: int, key: str) ->
         brightness=1 + config.brightness * (2 * brightness - 1),
         gain=10 ** (config.gain_db * (2 * gain - 1) / 20),
         caption=caption,
+        word_dropout=config.word_dropout,
+        word_key=int(raw[8]),
     )
 
 
@@ -145,6 +149,17 @@ def sound_window(
 
 
 def chosen_caption(row: dict[str, Any], augmentation: Augmentation) -> str | None:
-    """One of the captions that are not blank, each equally likely; None when there is none."""
+    """One of the captions that are not blank, each equally likely, less the words left out; None when there is none."""
     texts = [caption["text"] for caption in row["captions"] if caption["text"] and caption["text"].strip()]
-    return texts[int(augmentation.caption * len(texts))] if texts else None
+    if not texts:
+        return None
+    text: str = texts[int(augmentation.caption * len(texts))]
+    return text if augmentation.word_dropout == 0 else _with_fewer_words(text, augmentation)
+
+
+def _with_fewer_words(text: str, augmentation: Augmentation) -> str:
+    words = text.split()
+    draws = np.random.Generator(np.random.Philox(key=augmentation.word_key)).random(len(words))
+    kept = draws >= augmentation.word_dropout
+    kept[draws.argmax()] = True
+    return " ".join(word for word, keep in zip(words, kept, strict=True) if keep)

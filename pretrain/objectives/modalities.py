@@ -70,7 +70,7 @@ def num_present(embeddings: Embeddings) -> Tensor:
     return torch.stack([embeddings.mask(name) for name in embeddings.vectors]).sum(dim=0)
 
 
-def orientation(embeddings: Embeddings, anchor: str, weight: float) -> PerSample:
+def orientation(embeddings: Embeddings, anchor: str, weight: float, objective: str) -> PerSample:
     """Mean over a sample's other modalities of max(0, -cosine with the anchor).
 
     Volumes and singular values are the same for a vector and its opposite; this makes them point one way.
@@ -80,4 +80,6 @@ def orientation(embeddings: Embeddings, anchor: str, weight: float) -> PerSample
     hinges = torch.stack([torch.relu(-(rows * embeddings.rows(name)).sum(dim=1)) for name in others], dim=1)
     kept = torch.stack([embeddings.mask(name) for name in others], dim=1)
     values = (hinges * kept).sum(dim=1) / kept.sum(dim=1).clamp_min(1)
-    return PerSample(name="orientation", weight=weight, values=values, valid=embeddings.mask(anchor) & kept.any(dim=1))
+    return PerSample(
+        name=f"{objective}/orientation", weight=weight, values=values, valid=embeddings.mask(anchor) & kept.any(dim=1)
+    )

@@ -80,7 +80,7 @@ class Pmrl(Objective):
             ),
         ]
         if options.orientation:
-            terms.append(orientation(embeddings, options.anchor, options.orientation))
+            terms.append(orientation(embeddings, options.anchor, options.orientation, self.name))
         return terms
 
 

@@ -35,6 +35,7 @@ class ModelConfig(Settings):
     window_s: PositiveFloat
     embedding_dim: PositiveInt
     precision: Literal["fp32", "bf16"]
+    independent: bool = False  # each tower has a second projection, whose embeddings are trained beside (not exported)
 
     @classmethod
     def of(cls, config: RunConfig) -> ModelConfig:
@@ -44,11 +45,12 @@ class ModelConfig(Settings):
             window_s=config.data.window_s,
             embedding_dim=config.embedding_dim,
             precision=config.train.precision,
+            independent="independent" in config.views,
         )
 
 
 class Tower(nn.Module):
-    """An encoder of one modality with its projection: inputs -> fp32 unit rows [n, D].
+    """An encoder of one modality with its projection: inputs -> fp32 unit rows [n, D], maybe of a second one, too.
 
     A sample that lacks the modality gets constant inputs, so that every parameter takes part in every call and nothing
     behind its mask has an effect. A frozen encoder (`encoder.encoder`; pooling over time is ours and is trained) stays
@@ -66,6 +68,7 @@ class Tower(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.projection = Projection(encoder.width, model.embedding_dim)
+        self.independent = Projection(encoder.width, model.embedding_dim) if model.independent else None
         self.frozen = own.freeze
         self.autocast = model.precision == "bf16"
         if own.freeze:
@@ -80,13 +83,13 @@ class Tower(nn.Module):
             self.encoder.encoder.eval()
         return self
 
-    def forward(self, inputs: dict[str, Tensor], present: Tensor) -> Tensor:
-        """inputs as in `Batch.inputs[modality]`, present [n] -> [n, D]"""
+    def forward(self, inputs: dict[str, Tensor], present: Tensor) -> dict[str, Tensor]:
+        """inputs as in `Batch.inputs[modality]`, present [n] -> {"": [n, D]}, and "@independent" where there is one"""
         known = {name: _constant_where_absent(tensor, present) for name, tensor in inputs.items()}
         with torch.autocast(present.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             features = self.encoder(**known)
-        embeddings: Tensor = self.projection(features)
-        return embeddings
+        embeddings = {"": self.projection(features)}
+        return embeddings if self.independent is None else {**embeddings, "@independent": self.independent(features)}
 
 
 class Towers(nn.Module):
@@ -100,11 +103,13 @@ class Towers(nn.Module):
     def forward(
         self, inputs: dict[str, dict[str, Tensor]], present: dict[str, Tensor], around: Around | None = None
     ) -> dict[str, Tensor]:
-        """{modality: [n, D]}; `around(name)` is entered for the call of each tower."""
-        found = {}
+        """{modality: [n, D]}, and {modality@independent: [n, D]} where towers have that projection; `around(name)` is
+        entered for the call of each tower."""
+        found: dict[str, Tensor] = {}
         for name in self.names:
             with nullcontext() if around is None else around(name):
-                found[name] = self.towers[name](inputs[name], present[name])
+                embeddings = self.towers[name](inputs[name], present[name])
+            found |= {f"{name}{view}": rows for view, rows in embeddings.items()}
         return found
 
 
@@ -173,7 +178,8 @@ def _freeze_unused(name: str, tower: Tower, config: ModelConfig) -> None:
         UserError: the model cannot be called as the encoder of this modality.
     """
     try:
-        tower(example_inputs(name, config), torch.ones(1, dtype=torch.bool)).sum().backward()
+        outputs = tower(example_inputs(name, config), torch.ones(1, dtype=torch.bool))
+        torch.stack([rows.sum() for rows in outputs.values()]).sum().backward()
     except Exception as error:  # any architecture's own way to say no
         raise UserError(
             f"towers.{name}.encoder {getattr(config.towers, name).encoder}: cannot encode {name} of this config "

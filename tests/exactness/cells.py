@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
+from pretrain.objective_config import OPTIONS as OPTIONS_OF
+
 GLOBAL_BATCH = 16
 MICRO_CHUNK = 4  # samples under one set of draws where dropout is on: the same for every number of ranks
 RANKS = (1, 2, 4)
@@ -16,6 +18,7 @@ TOLERANCE = 1e-6
 SMALL_CHUNK, SMALL_CHUNK_TOLERANCE = 4, 2e-6
 
 Masks = Literal["all present", "ragged", "no audio"]
+OTHERS = tuple(name for name in OPTIONS_OF if name not in ("gram", "infonce"))
 MASKS: tuple[Masks, ...] = ("all present", "ragged")
 Precision = Literal["fp32", "bf16", "fp64"]  # fp64: of plain references only
 Fault = Literal["", "gather without gradient", "factor of world size", "other draws", "no coalescing"]
@@ -81,6 +84,7 @@ OFFLOAD = "Optimizer on the host"
 OPTIONS = "Other options"
 ADAMW = "AdamW"
 BF16 = "bf16"
+EVERY = "Every objective"
 PLAIN = "Torch alone"
 FAULTS = "Faults made on purpose"
 
@@ -98,6 +102,8 @@ CELLS: list[Cell] = [
     *(Cell(group=OPTIONS, ranks=ranks, stage=3, grad_clip=0.1, offload=True) for ranks in RANKS),
     *(Cell(group=OPTIONS, ranks=ranks, stage=3, masks="no audio") for ranks in RANKS),
     *(Cell(group=OPTIONS, ranks=ranks, objective="gram+infonce") for ranks in RANKS),
+    *(Cell(group=EVERY, ranks=ranks, objective=name) for name, ranks in product(OTHERS, RANKS)),
+    *(Cell(group=EVERY, ranks=ranks, stage=3, objective="infonce+feature_separation") for ranks in RANKS),
     *(Cell(group=ADAMW, ranks=ranks, stage=stage, optimizer="adamw") for ranks, stage in product(RANKS, STAGES)),
     *(Cell(group=ADAMW, ranks=ranks, optimizer="adamw", offload=True) for ranks in RANKS),
     *(

@@ -20,7 +20,7 @@ from pretrain.grad_cache import GradCache
 from pretrain.model import PretrainModel
 from pretrain.towers.build import parameter_groups
 from tests.exactness.cells import Cell
-from tests.exactness.problem import LEARNING_RATE, WEIGHT_DECAY, read_batches, run_config
+from tests.exactness.problem import WEIGHT_DECAY, learning_rate, read_batches, run_config
 from tests.exactness.reference import Trained, read_reference, reference_path, train_plainly
 
 REDUCTIONS = ("allreduce", "reduce_scatter", "reduce_")  # of torch.ops.c10d
@@ -79,16 +79,18 @@ class ForgetfulWorld(World):
 def measure_cells(world: World, argument: tuple[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Measures of each cell (given as dicts), in order; the references lie in the folder. Prints a line a cell."""
     folder = Path(argument[0])
-    batches: dict[str, list[Batch]] = {}
+    batches: dict[tuple[str, bool], list[Batch]] = {}
     references: dict[Path, Trained] = {}
     found = []
     for number, fields in enumerate(argument[1], 1):
         started, cell, path = time.monotonic(), Cell(**fields), reference_path(folder, Cell(**fields))
-        if cell.masks not in batches:
-            batches[cell.masks] = read_batches(run_config(cell, folder), cell.masks, world)
+        config = run_config(cell, folder)
+        kind = cell.masks, "augmented" in config.views
+        if kind not in batches:
+            batches[kind] = read_batches(config, cell.masks, world)
         if path not in references:
             references[path] = read_reference(path)
-        trained = train_plainly(cell, folder) if cell.plain else train(cell, world, folder, batches[cell.masks])
+        trained = train_plainly(cell, folder) if cell.plain else train(cell, world, folder, batches[kind])
         found.append(compare(trained, references[path]))
         if world.rank == 0:
             print(
@@ -118,7 +120,7 @@ def train(cell: Cell, world: World, folder: Path, batches: Sequence[Batch]) -> T
         losses.append(cache.backward(batch, step)["loss"])
         if step == 1:
             gradients = {name: engine.full_gradient(parameter).clone() for name, parameter in engine.trainable()}
-        assert engine.step(LEARNING_RATE[cell.optimizer]).applied
+        assert engine.step(learning_rate(cell)).applied
     weights = {name: engine.full_weight(parameter).clone() for name, parameter in engine.trainable()}
     reduced = engine.reduced_elements / num_elements if world.size > 1 else engine.num_reductions
     engine.close()

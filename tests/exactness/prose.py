@@ -6,6 +6,7 @@ from tests.exactness.cells import (
     ADAMW,
     BF16,
     DROPOUT,
+    EVERY,
     FAULTS,
     GLOBAL_BATCH,
     MICRO_CHUNK,
@@ -55,6 +56,9 @@ GRAM, ragged masks. Master weights and moments live, and are updated, on the hos
 path is the same and the memory is the same memory.""",
     OPTIONS: """\
 Clipping to a norm of 0.1 (the gradient is larger), a modality that is nowhere, two objectives at once.""",
+    EVERY: """\
+ZeRO-2 with 4 chunks a rank, ragged masks, SGD with a tenth of that learning rate; the last rows have two objectives,
+second views and second projections, under ZeRO-3.""",
     ADAMW: f"""\
 Learning rate {LEARNING_RATE["adamw"]:g}. Loss and gradient are held to the same limits; weights are not. AdamW divides
 each gradient by its own size, so where a gradient is zero in exact arithmetic (the key biases of attention, which hold

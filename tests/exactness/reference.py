@@ -18,12 +18,19 @@ from pretrain.collectives import World
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
 from pretrain.model import PretrainModel
+from pretrain.objective_config import TemperatureOptions
 from pretrain.objectives import Objective
 from pretrain.randomness import keyed_random
 from pretrain.towers.build import parameter_groups
 from tests.exactness.cells import GLOBAL_BATCH, MICRO_CHUNK, Cell
-from tests.exactness.problem import LABEL_SMOOTHING, LEARNING_RATE, WEIGHT_DECAY, read_batches, run_config
-from tests.test_objectives import REFERENCES
+from tests.exactness.problem import (
+    REFERENCE_OPTIONS,
+    WEIGHT_DECAY,
+    learning_rate,
+    read_batches,
+    run_config,
+)
+from tests.objectives.references import REFERENCES, Case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +88,7 @@ def train_plainly(cell: Cell, folder: Path) -> Trained:
     if cell.precision == "fp64":
         model.double()
     groups = parameter_groups(model, WEIGHT_DECAY)
-    lr = LEARNING_RATE[cell.optimizer]
+    lr = learning_rate(cell)
     optimizer = (
         torch.optim.AdamW(groups, lr=lr, betas=config.optimizer.betas, eps=config.optimizer.eps)
         if cell.optimizer == "adamw"
@@ -114,14 +121,30 @@ def plain_loss(model: PretrainModel, batch: Batch, config: RunConfig, cell: Cell
     parts = []
     for number, start in enumerate(range(0, GLOBAL_BATCH, size)):
         inputs, present = batch.chunk(start, start + size)
-        parts.append(model(inputs, present, partial(_draws, config.seed, step, f"{number}.0"))[0])
-    vectors = {name: torch.cat([part[name] for part in parts]).double() for name in config.towers.names}
-    loss = torch.zeros((), dtype=torch.float64)
-    for objective in model.objective.parts:
-        assert isinstance(objective, Objective)
-        temperature = objective.temperature(objective.scalars(), vectors["text"])[0]
-        loss = loss + REFERENCES[objective.name](vectors, batch.present, batch.ids, temperature, LABEL_SMOOTHING)
-    return loss
+        draws = partial(_draws, config.seed, step, f"{number}.0")
+        parts.append(model(inputs, present, draws, augmented=batch.augmented_chunk(start, start + size))[0])
+    outputs = {name: torch.cat([part[name] for part in parts]).double() for name in parts[0]}
+    views = ("", "@augmented", "@independent", "@augmented@independent")
+    groups = [{n: outputs[f"{n}{view}"] for n in config.towers.names if f"{n}{view}" in outputs} for view in views]
+    case = Case(
+        vectors=groups[0], augmented=groups[1], independent=groups[2], independent_augmented=groups[3],
+        present=batch.present, ids=batch.ids,
+    )  # fmt: skip
+    losses = [_formula(objective, case) for objective in model.objective.parts if isinstance(objective, Objective)]
+    return torch.stack(losses).sum()
+
+
+def _formula(objective: Objective, case: Case) -> Tensor:
+    """The value of an objective as its options and learned scalars are now."""
+    scalars, like = objective.scalars(), next(iter(case.vectors.values()))
+    learned: dict[str, Tensor | float] = {}
+    if isinstance(objective.options, TemperatureOptions):
+        learned["temperature"] = objective.temperature(scalars, like)[0]
+    if "bias" in scalars:
+        learned["bias"] = scalars["bias"][0].double()
+    if "log_logit_scale" in scalars:
+        learned["ratio"] = scalars["log_logit_scale"][0].double().exp()
+    return REFERENCES[objective.name](case, **learned, **REFERENCE_OPTIONS.get(objective.name, {}))
 
 
 def double_for_float() -> AbstractContextManager[object]:

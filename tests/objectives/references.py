@@ -59,6 +59,7 @@ class Case:
 
 
 Reference = Callable[..., Tensor]
+Temperature = Tensor | float
 
 
 def zero(case: Case) -> Tensor:
@@ -95,7 +96,12 @@ def orientation(case: Case, anchor: str) -> Tensor:
 
 
 def gram(
-    case: Case, *, anchor: str = "text", temperature: float, label_smoothing: float = 0.1, orientation_weight: float = 0
+    case: Case,
+    *,
+    anchor: str = "text",
+    temperature: Temperature,
+    label_smoothing: float = 0.1,
+    orientation_weight: float = 0,
 ) -> Tensor:
     others = [name for name in case.names if name != anchor]
     kept = [i for i in case.enough() if case.has(i, anchor)]
@@ -111,7 +117,7 @@ def gram(
     return value + orientation_weight * orientation(case, anchor) if orientation_weight else value
 
 
-def triangle(case: Case, *, anchor: str = "text", temperature: float, label_smoothing: float = 0.1) -> Tensor:
+def triangle(case: Case, *, anchor: str = "text", temperature: Temperature, label_smoothing: float = 0.1) -> Tensor:
     others = [name for name in case.names if name != anchor]
     kept = [i for i in case.enough() if case.has(i, anchor)]
     if not kept:
@@ -149,7 +155,7 @@ def over_pairs(
 
 
 def infonce(
-    case: Case, *, temperature: float, label_smoothing: float = 0.0, within: float = 0.0, **pairs: str | None
+    case: Case, *, temperature: Temperature, label_smoothing: float = 0.0, within: float = 0.0, **pairs: str | None
 ) -> Tensor:
     def one(a: str, b: str, kept: list[int]) -> Tensor:
         logits = case.vectors[a][kept] @ case.vectors[b][kept].T / temperature
@@ -164,7 +170,7 @@ def infonce(
     return value
 
 
-def sigmoid(case: Case, *, temperature: float, bias: float = -10.0, **pairs: str | None) -> Tensor:
+def sigmoid(case: Case, *, temperature: Temperature, bias: Tensor | float = -10.0, **pairs: str | None) -> Tensor:
     def one(a: str, b: str, kept: list[int]) -> Tensor:
         total = zero(case)
         for i, j in itertools.product(kept, kept):
@@ -176,8 +182,10 @@ def sigmoid(case: Case, *, temperature: float, bias: float = -10.0, **pairs: str
     return over_pairs(case, one, **pairs)
 
 
-def symile(case: Case, *, logit_scale: float | None = None, reduce: str = "mean") -> Tensor:
-    """Candidates: all tuples."""
+def symile(
+    case: Case, *, logit_scale: float | None = None, ratio: Tensor | float = 1.0, reduce: str = "mean"
+) -> Tensor:
+    """Candidates: all tuples. ratio: of the scale to the default one."""
     enough = set(case.enough())
     known = [name for name in case.names if any(case.has(i, name) for i in enough)]
     dim = next(iter(case.vectors.values())).shape[1]
@@ -185,7 +193,7 @@ def symile(case: Case, *, logit_scale: float | None = None, reduce: str = "mean"
     for anchor in known:
         others = [name for name in known if name != anchor]
         places = [[i for i in sorted(enough) if case.has(i, name)] for name in others]
-        scale = logit_scale or math.sqrt(dim ** (len(known) - 1))
+        scale = logit_scale or ratio * math.sqrt(dim ** (len(known) - 1))
         fill = 1.0 if logit_scale else dim**-0.5
         losses = []
         for i in [i for i in sorted(enough) if case.has(i, anchor)]:
@@ -244,7 +252,7 @@ def centroid(case: Case, i: int) -> Tensor:
 def centrobind(
     case: Case,
     *,
-    temperature: float,
+    temperature: Temperature,
     normalize: bool = False,
     stop_gradient: bool = False,
     label_smoothing: float = 0.0,
@@ -312,7 +320,7 @@ def unialign(
 
 
 def feature_separation(
-    case: Case, *, temperature: float, uniformity_t: float = 2.0, reduce: str = "sum", **pairs: str | None
+    case: Case, *, temperature: Temperature, uniformity_t: float = 2.0, reduce: str = "sum", **pairs: str | None
 ) -> Tensor:
     def one(a: str, b: str, kept: list[int]) -> Tensor:
         value, potentials = zero(case), zero(case)
