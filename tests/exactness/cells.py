@@ -102,8 +102,14 @@ CELLS: list[Cell] = [
     *(Cell(group=OPTIONS, ranks=ranks, stage=3, grad_clip=0.1, offload=True) for ranks in RANKS),
     *(Cell(group=OPTIONS, ranks=ranks, stage=3, masks="no audio") for ranks in RANKS),
     *(Cell(group=OPTIONS, ranks=ranks, objective="gram+infonce") for ranks in RANKS),
-    *(Cell(group=EVERY, ranks=ranks, objective=name) for name, ranks in product(OTHERS, RANKS)),
-    *(Cell(group=EVERY, ranks=ranks, stage=3, objective="infonce+feature_separation") for ranks in RANKS),
+    *(
+        Cell(group=EVERY, ranks=ranks, chunks=micro_chunks(ranks), objective=name)
+        for name, ranks in product(OTHERS, RANKS)
+    ),
+    *(
+        Cell(group=EVERY, ranks=ranks, stage=3, chunks=micro_chunks(ranks), objective="infonce+feature_separation")
+        for ranks in RANKS
+    ),
     *(Cell(group=ADAMW, ranks=ranks, stage=stage, optimizer="adamw") for ranks, stage in product(RANKS, STAGES)),
     *(Cell(group=ADAMW, ranks=ranks, optimizer="adamw", offload=True) for ranks in RANKS),
     *(

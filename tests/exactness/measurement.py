@@ -130,8 +130,9 @@ def train(cell: Cell, world: World, folder: Path, batches: Sequence[Batch]) -> T
 def compare(found: Trained, wanted: Trained) -> dict[str, float | str]:
     """Relative differences, by column of the table."""
     weights_off, weights_size = _distance(found.weights, wanted.weights)
+    largest = max(map(abs, wanted.losses))  # a loss may pass through 0
     return {
-        "loss": max(abs(a - b) / abs(b) for a, b in zip(found.losses, wanted.losses, strict=True)),
+        "loss": max(abs(a - b) / largest for a, b in zip(found.losses, wanted.losses, strict=True)),
         **compare_gradients(found.gradients, wanted.gradients),
         "weights": weights_off / weights_size,
         "movement": weights_off / wanted.movement,

@@ -40,8 +40,8 @@ def write_datasets(folder: Path) -> None:
 
 def learning_rate(cell: Cell) -> float:
     """Smaller where a loss falls by orders of magnitude in five steps, and what is left of it is rounding."""
-    known = {"gram", "infonce"}.issuperset(cell.objective.split("+"))
-    return LEARNING_RATE[cell.optimizer] * (1 if known else 0.1)
+    names = set(cell.objective.split("+"))
+    return LEARNING_RATE[cell.optimizer] * (0.01 if "pmrl" in names else 1 if names <= {"gram", "infonce"} else 0.1)
 
 
 def run_config(cell: Cell, folder: Path) -> RunConfig:

@@ -32,7 +32,7 @@ formula, torch's own optimizer.
     make exactness        # writes this page; exits with 1 if a row that must hold does not
 """
 COLUMNS = f"""\
-- **loss**: the largest relative difference over the {NUM_STEPS} steps; at most {TOLERANCE:g}.
+- **loss**: the largest difference over the {NUM_STEPS} steps, over the largest loss; at most {TOLERANCE:g}.
 - **gradient**: of step 1, the norm of the difference over the norm, all parameters together; at most {TOLERANCE:g}.
 - **worst tensor**: the same for the worst parameter alone, over its own norm, or over 1e-3 of the whole gradient's if
   that is more; at most {TOLERANCE:g}, and {SMALL_CHUNK_TOLERANCE:g} where a chunk has fewer than {SMALL_CHUNK} samples:
@@ -57,7 +57,7 @@ path is the same and the memory is the same memory.""",
     OPTIONS: """\
 Clipping to a norm of 0.1 (the gradient is larger), a modality that is nowhere, two objectives at once.""",
     EVERY: """\
-ZeRO-2 with 4 chunks a rank, ragged masks, SGD with a tenth of that learning rate; the last rows have two objectives,
+ZeRO-2, chunks of 4 samples, ragged masks, SGD with a tenth of that learning rate (pmrl: a hundredth); the last rows have two objectives,
 second views and second projections, under ZeRO-3.""",
     ADAMW: f"""\
 Learning rate {LEARNING_RATE["adamw"]:g}. Loss and gradient are held to the same limits; weights are not. AdamW divides
