@@ -57,8 +57,8 @@ path is the same and the memory is the same memory.""",
     OPTIONS: """\
 Clipping to a norm of 0.1 (the gradient is larger), a modality that is nowhere, two objectives at once.""",
     EVERY: """\
-ZeRO-2, chunks of 4 samples, ragged masks, SGD with a tenth of that learning rate (pmrl: a hundredth); the last rows have two objectives,
-second views and second projections, under ZeRO-3.""",
+ZeRO-2, chunks of 4 samples, ragged masks, SGD with a tenth of that learning rate; pmrl with temperatures of 0.5, symile
+with all tuples. The last rows have two objectives, second views and second projections, under ZeRO-3.""",
     ADAMW: f"""\
 Learning rate {LEARNING_RATE["adamw"]:g}. Loss and gradient are held to the same limits; weights are not. AdamW divides
 each gradient by its own size, so where a gradient is zero in exact arithmetic (the key biases of attention, which hold
