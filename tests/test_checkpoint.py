@@ -149,7 +149,7 @@ def averages(world: World, argument: list[Any]) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_the_average_follows_the_towers(tmp_path: Path, small_dataset: Path, stage: int) -> None:
     for facts in run_ranks("tests.test_checkpoint:averages", 2, tmp_path, [str(small_dataset), stage]):
         assert facts["difference"] <= 1e-6

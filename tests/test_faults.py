@@ -46,7 +46,10 @@ def train_with_a_bad_step(world: World, argument: list[Any]) -> int:
     return trainer.run()
 
 
-@pytest.mark.parametrize(("stage", "chunk"), [(0, 1), (2, 3), (3, 1)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("stage", "chunk"), [pytest.param(0, 1, marks=SLOW), (2, 3), pytest.param(3, 1, marks=SLOW)])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_recorded(
     tmp_path: Path, small_dataset: Path, stage: int, chunk: int
 ) -> None:
@@ -108,6 +111,7 @@ def rank_process(launcher: int, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
+@pytest.mark.slow  # waits for what does not come
 def test_a_rank_that_hangs_ends_the_run_and_the_stage_is_named(tmp_path: Path, small_dataset: Path) -> None:
     run = tmp_path / "run"
     config = write_config(

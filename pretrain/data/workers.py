@@ -91,7 +91,7 @@ class BatchStream:
             self._start()
         try:
             batch = next(self._running)
-        except (OSError, EOFError) as error:  # also what a pipe says whose other end is gone, before the process is
+        except (OSError, EOFError, RuntimeError) as error:  # a pipe whose other end is gone, or torch in its own words
             raise self._death() or error from error
         if isinstance(batch, UserError):
             raise batch
@@ -99,7 +99,7 @@ class BatchStream:
         return batch
 
     def _death(self) -> RuntimeError | None:
-        """How a worker died; None: all live. torch's own signal handler may raise the same in here."""
+        """How a worker died; None: all live. torch's own signal handler may raise the like in here."""
         if self._running is None or not self._num_workers:
             return None
         deadline = time.monotonic() + DEATH_S
