@@ -147,7 +147,7 @@ def test_what_is_no_export_or_damaged_is_refused(trained_run: Path, export_folde
         load_model(copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "format_version": 99}))
-    with pytest.raises(UserError, match="format version 99 found, 1 expected"):
+    with pytest.raises(UserError, match="format version 99 found, 2 expected"):
         load_model(copy)
 
 
