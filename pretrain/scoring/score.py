@@ -11,7 +11,7 @@ from pretrain.scoring.names import ScoreName
 from pretrain.scoring.side import Tuples
 
 Factors = dict[str, Tensor]  # per-tuple tensors [n, ...] by name
-BLOCK_ELEMENTS = 1 << 22  # of matrices [rows, columns, k, k] held at once: 32 MB of float64
+BLOCK_ELEMENTS = 1 << 20  # of matrices [rows, columns, k, k] held at once: 8 MB of float64 stay in a cache
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ matrix; squaring costs no digits here, because that eigenvalue is at least 1.
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pretrain.scoring.eigenvalue import leading_eigenvalue
 from pretrain.scoring.score import Factors, Score, num_rows_at_once
 from pretrain.scoring.side import Tuples
 
@@ -20,17 +20,22 @@ def _with_products(tuples: Tuples) -> Factors:
 
 def _leading_values(query: Factors, candidates: Factors) -> Float[Tensor, "r c"]:
     rows, columns = query["units"], candidates["units"]
-    num, num_all = rows.shape[1], rows.shape[1] + columns.shape[1]
     found = rows.new_empty(len(rows), len(columns))
-    at_once = num_rows_at_once(len(columns), num_all**2)
+    at_once = num_rows_at_once(len(columns), (rows.shape[1] + columns.shape[1]) ** 2)
     parts = zip(rows.split(at_once), query["gram"].split(at_once), found.split(at_once), strict=True)
     for some, gram, target in parts:
-        gram_of_pairs = rows.new_zeros(len(some), len(columns), num_all, num_all)  # of which the lower half is read
-        gram_of_pairs[:, :, :num, :num] = gram[:, None]
-        gram_of_pairs[:, :, num:, num:] = candidates["gram"]
-        gram_of_pairs[:, :, num:, :num] = torch.einsum("rmd,cnd->rcnm", some, columns)
-        target.copy_(torch.linalg.eigvalsh(gram_of_pairs)[:, :, -1].clamp_(min=0).sqrt_())
+        target.copy_(leading_eigenvalue(_gram_of_pairs(some, gram, columns, candidates["gram"])).sqrt_())
     return found
+
+
+def _gram_of_pairs(rows: Tensor, gram: Tensor, columns: Tensor, other_gram: Tensor) -> list[list[Tensor]]:
+    """Entry (i, j), j <= i, of the Gram matrices of all pairs: [r, 1] among queries, [c] among candidates, [r, c]."""
+    own = [[gram[:, i, j, None] for j in range(i + 1)] for i in range(rows.shape[1])]
+    others = [
+        [row @ column.T for row in rows.unbind(dim=1)] + [other_gram[:, i, j] for j in range(i + 1)]
+        for i, column in enumerate(columns.unbind(dim=1))
+    ]
+    return own + others
 
 
 SINGULAR_VALUE = Score(name="singular_value", prepare=_with_products, tile=_leading_values)
