@@ -20,9 +20,16 @@ from pretrain.grad_cache import no_stage
 from pretrain.identity import check_tokenizer
 from pretrain.kept_embeddings import KeptEmbeddings
 from pretrain.model import PretrainModel
-from pretrain.retrieval import evaluate_retrieval
+from pretrain.retrieval import JOINT_SCORES, evaluate_retrieval
 from pretrain.retrieval_report import RetrievalMetrics, RetrievalReport
+from pretrain.scoring.names import ScoreName
 
+OWN_SCORES: dict[str, ScoreName] = {
+    "gram": "volume",
+    "triangle": "volume",
+    "pmrl": "singular_value",
+    "centrobind": "centroid",
+}
 Forward = Callable[[dict[str, dict[str, Tensor]], dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -77,9 +84,16 @@ def anchor_of(config: RunConfig) -> str:
     return anchors[0] if anchors and anchors[0] in names else "text" if "text" in names else names[0]
 
 
-def own_score(config: RunConfig) -> str:
-    """How the run itself scores a tuple: by volume under `gram`, else by summed cosine."""
-    return "volume" if any(part.name == "gram" for part in config.objective) else "summed_cosine"
+def own_score(config: RunConfig) -> ScoreName:
+    """How the run itself scores a tuple: as the first of its objectives does that has a score of tuples, else by
+    summed cosine.
+    """
+    return next((OWN_SCORES[part.name] for part in config.objective if part.name in OWN_SCORES), "summed_cosine")
+
+
+def joint_scores(config: RunConfig) -> tuple[str, ...]:
+    """The scores by which a run is evaluated: those of every run, and its own."""
+    return tuple(dict.fromkeys([*JOINT_SCORES, own_score(config)]))
 
 
 def validation_score(
@@ -103,7 +117,7 @@ def validation_score(
         engine.train(True)
         loader.close()
     kept = KeptEmbeddings.of(dataset, step, *embedded)
-    report = evaluate_retrieval(kept.vectors, kept.present, anchor=anchor_of(config))
+    report = evaluate_retrieval(kept.vectors, kept.present, anchor_of(config), joint_scores(config))
     return report.to_json(), headline(report, config), kept
 
 
@@ -157,4 +171,5 @@ def evaluate_run(
         loader.close()
     step = int(checkpoint.read_description(source)["progress"]["step"])
     kept = KeptEmbeddings.of(dataset, step, *embedded)
-    return evaluate_retrieval(kept.vectors, kept.present, anchor=anchor_of(config)), source, kept
+    report = evaluate_retrieval(kept.vectors, kept.present, anchor_of(config), joint_scores(config))
+    return report, source, kept

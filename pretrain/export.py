@@ -78,7 +78,7 @@ def _write(folder: Path, name: str, config: RunConfig, towers: Towers, source: P
     exported = ExportConfig(
         **ModelConfig.of(config).model_dump(exclude={"towers", "independent"}),
         towers=_portable_towers(folder, config.towers, towers),
-        score="volume" if own_score(config) == "volume" else "cosine",
+        score=own_score(config),
         anchor=anchor_of(config),
         weights_sha256=file_sha256(folder / WEIGHTS),
         origin=Origin(

@@ -17,10 +17,11 @@ from typing import Any, Literal
 from data_pipeline.settings import Settings, UserError, check_settings
 from data_pipeline.shards import file_sha256
 from pretrain.config import TowersConfig
+from pretrain.scoring.names import ScoreName
 from pretrain.towers.build import ModelConfig
 
 FORMAT: Literal["parallelotope-export"] = "parallelotope-export"
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
@@ -39,8 +40,8 @@ class ExportConfig(ModelConfig):
     """config.json of an export."""
 
     format: Literal["parallelotope-export"] = FORMAT
-    format_version: Literal[1] = FORMAT_VERSION
-    score: Literal["volume", "cosine"]  # how the run itself scored a tuple
+    format_version: Literal[2] = FORMAT_VERSION
+    score: ScoreName  # how the run itself scored a tuple
     anchor: str  # the modality whose queries its objective scored
     weights_sha256: str
     origin: Origin

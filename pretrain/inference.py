@@ -7,11 +7,12 @@ clips = model.encode(video=["a.mp4", "b.mp4"], audio=["a.mp4", "b.mp4"])
 queries = model.encode(text=["a dog barks", "rain on a roof", "a slow piano"])
 scores = model.similarity(queries, clips)  # [3, 2], higher is better
 print(scores.argmax(dim=1))
+found = model.search(queries, clips, top_k=1)  # the same without the matrix: found.indices, found.scores
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from data_pipeline.settings import UserError, nearest
 from pretrain.export_format import WEIGHTS, ExportConfig, check_weights, read_export_config
 from pretrain.inputs import Frames, InputReader, Values, Waveform
 from pretrain.randomness import keyed_random
-from pretrain.similarity import Candidates, Queries, similarity
+from pretrain.scoring import Matches, scores, search
 from pretrain.towers.build import Towers
 
 __all__ = ["Frames", "Model", "UnreadableInput", "Waveform", "load_model"]
 
+Vectors = Mapping[str, Tensor]  # rows [n, D] by modality
 EXPECTED: dict[str, tuple[tuple[type, ...], str]] = {
     "video": ((str, Path, bytes, Frames), "a path, bytes, Frames(pixels=, fps=) or None"),
     "audio": ((str, Path, bytes, Waveform), "a path, bytes, Waveform(samples=, sample_rate_hz=) or None"),
@@ -106,17 +108,28 @@ class Model:
                     found[name][[index for index, _ in some]] = self._embed(name, [values for _, values in some])
         return found
 
-    def similarity(self, query: Queries, candidates: Candidates, score: str | None = None) -> Tensor:
+    def similarity(self, query: Vectors, candidates: Vectors, score: str | None = None) -> Tensor:
         """Scores [q, c] of queries against candidates, float64, higher is better.
 
-        query, candidates: what `encode` returned; every modality in them counts. score: "volume" (minus the volume that
-        all vectors of a pair span) or "cosine" (summed over pairs of a vector of the query and one of the candidate);
-        None: as the model was trained to score. -inf where a query or a candidate has no vector at all.
+        query, candidates: what `encode` returned; every modality in them counts, a row of NaN is missing. score: one of
+        `pretrain.scoring.names`, where they are explained; None: as the model was trained to score. -inf where a query
+        or a candidate has no vector at all. The arithmetic runs where the model is.
 
         Raises:
             UserError: an unknown score, an empty side, or rows of different dimensions.
         """
-        return similarity(query, candidates, score or self.config.score)
+        return scores(query, candidates, score or self.config.score, device=self.device)
+
+    def search(self, query: Vectors, candidates: Vectors, top_k: int = 10, score: str | None = None) -> Matches:
+        """The best `top_k` candidates of each query: `indices` and `scores` [q, k], best first.
+
+        For more candidates than a matrix of scores has room for: memory beside the embeddings does not grow with the
+        number of pairs. Arguments as of `similarity`; where a query has fewer matches, the index is -1.
+
+        Raises:
+            UserError: as `similarity`, or `top_k` below 1.
+        """
+        return search(query, candidates, score or self.config.score, top_k=top_k, device=self.device)
 
     def _check(self, given: dict[str, Sequence[Any]]) -> int:
         """The number of samples."""

@@ -11,9 +11,9 @@ from data_pipeline.shards import dataset_name
 from pretrain.config import RunConfig, TransformerConfig
 from pretrain.data.pins import pins_digest, read_pins
 from pretrain.export_format import ExportConfig
+from pretrain.scoring.names import SCORE_LABELS, SIGN_BLIND
 
 FILE_NAMES = {"video": '["a.mp4", "b.mp4"]', "audio": '["a.mp4", "b.mp4"]', "text": '["a dog barks", "rain on a roof"]'}
-SCORE_NAMES = {"cosine": "cosine", "summed_cosine": "summed cosine", "volume": "volume"}
 
 
 def model_card(name: str, exported: ExportConfig, config: RunConfig, sizes: dict[str, int], run: Path) -> str:
@@ -34,7 +34,8 @@ def _front(name: str, exported: ExportConfig, sizes: dict[str, int]) -> Iterator
     yield ""
     yield (
         f"Encoders of {modalities} into one space of {exported.embedding_dim} dimensions, trained with Parallelotope "
-        f"(run `{exported.origin.run}`, {exported.origin.checkpoint}). Tuples are scored by **{exported.score}**."
+        f"(run `{exported.origin.run}`, {exported.origin.checkpoint}). Tuples are scored by "
+        f"**{SCORE_LABELS[exported.score]}**."
     )
     yield ""
     yield "| tower | encoder | parameters | sees |"
@@ -135,7 +136,7 @@ def _evaluation(report: dict[str, Any], checkpoint: str) -> Iterator[str]:
         recalls = [_percent(row[f"recall_at_{k}"]) for k in (1, 5, 10)]
         interval = f"{_percent(row['recall_at_1_low'])}-{_percent(row['recall_at_1_high'])}"
         yield (
-            f"| {row['query']} | {row['candidates']} | {SCORE_NAMES.get(row['score'], row['score'])} | {recalls[0]} | "
+            f"| {row['query']} | {row['candidates']} | {SCORE_LABELS.get(row['score'], row['score'])} | {recalls[0]} | "
             f"{interval} | {recalls[1]} | {recalls[2]} | {_number(row['median_rank'])} | "
             f"{_percent(row['chance_recall_at_1'])} | {row['num_queries']:,} | {row['num_candidates']:,} |"
         )
@@ -158,9 +159,9 @@ def _limits(exported: ExportConfig) -> Iterator[str]:
     )
     if exported.towers.text is not None:
         yield f"- Texts are cut after {exported.towers.text.max_tokens} tokens."
-    if exported.score == "volume":
+    if exported.score in SIGN_BLIND:
         yield (
-            "- Volumes do not see signs: an embedding and its opposite span the same body. Compare with "
-            '`score="cosine"` where that matters.'
+            f"- The {SCORE_LABELS[exported.score]} does not see signs: an embedding and its opposite score alike. "
+            'Compare with `score="summed_cosine"` where that matters.'
         )
     yield "- Embeddings carry what the training data carries, its errors and biases included."

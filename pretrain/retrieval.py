@@ -1,4 +1,4 @@
-"""From embeddings to retrieval metrics: scores, ranks with ties against the truth, a report. No model, no ranks.
+"""From embeddings to retrieval metrics: ranks with ties against the truth, a report. No model, no ranks.
 
 Sample i of the query side belongs to sample i of the candidate side and to no other: several samples that show the
 same item are distractors of each other here, so duplicates lower the figures.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,48 +16,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data_pipeline.settings import nearest
+from pretrain.objectives.embeddings import Embeddings
 from pretrain.retrieval_report import Z_95, RetrievalMetrics, RetrievalReport, retrieval_metrics
+from pretrain.scoring.comparison import TILE, Comparison
 
 TIE_TOLERANCE = 1e-7  # float32 embeddings carry no finer difference; a square root makes 1e-16 into 1e-8
-BLOCK_ELEMENTS = 1 << 22  # scores held at once: 32 MB of float64
-
+JOINT_SCORES = ("volume", "summed_cosine")  # of the anchor with several others, whatever a run was trained for
 MIN_PAIRS = 8  # fewer say nothing about a sign
 
 Vectors = Mapping[str, Float[Tensor, "samples dim"]]
 Pair = tuple[str, str]
-
-
-def cosine_scores(a: Float[Tensor, "q dim"], b: Float[Tensor, "c dim"]) -> Float[Tensor, "q c"]:
-    """Cosine of every row of `a` with every row of `b`, in float64; 0 for a row of zeros."""
-    return _unit(a) @ _unit(b).T
-
-
-def summed_cosine_scores(query: Float[Tensor, "q dim"], others: Vectors) -> Float[Tensor, "q c"]:
-    """Sum over modalities of the cosine with the query, in float64.
-
-    This is the dot product with the *un-normalised* sum of the candidate's unit vectors: a candidate whose modalities
-    agree with each other scores higher than one whose modalities cancel.
-    """
-    return _unit(query) @ _unit_sum(others).T
-
-
-def volume_scores(anchor: Float[Tensor, "q dim"], others: Vectors, tile: int = 1024) -> Float[Tensor, "q c"]:
-    """Minus the volume of the parallelotope that a query and a candidate's vectors span, in float64: 0 is best.
-
-    By QR of the candidate's k - 1 unit vectors (GRAM, arXiv 2412.11959, computed without a determinant):
-    prod |R_ii| * sqrt(max(|a|^2 - |Q^T a|^2, 0)). There is no eps under the root, which would bias small volumes.
-
-    Args:
-        anchor: the queries.
-        others: modality -> rows of the candidates; all of one shape.
-        tile: candidates scored at once; memory above the result is linear in it. Never changes the result.
-
-    Raises:
-        ValueError: fewer dimensions than vectors, where every volume would be 0.
-    """
-    queries, (bases, volumes) = _unit(anchor), _bases(others)
-    tiles = [_volumes(queries, bases[:, s], volumes[s]) for s in _slices(len(volumes), tile)]
-    return -torch.cat([queries.new_zeros(len(queries), 0), *tiles], dim=1)
 
 
 def rank_of_truth(scores: Float[Tensor, "q c"], truth: Int[Tensor, " q"], tolerance: float = 0.0) -> Int[Tensor, " q"]:
@@ -66,17 +34,19 @@ def rank_of_truth(scores: Float[Tensor, "q c"], truth: Int[Tensor, " q"], tolera
     Ties, scores within `tolerance` below the truth's, and NaN count against the truth, so a model that maps everything
     to one point ranks last everywhere instead of first.
     """
-    true_score = scores.gather(1, truth[:, None])
-    beaten = scores < true_score - tolerance  # False with NaN on either side
-    beaten.scatter_(1, truth[:, None], True)  # the truth does not compete with itself
-    return (~beaten).sum(dim=1)
+    places = torch.arange(scores.shape[1], device=scores.device)
+    return _unbeaten(scores, scores.gather(1, truth[:, None]), truth[:, None] == places, tolerance).sum(dim=1)
 
 
 def evaluate_retrieval(
-    vectors: Vectors, present: Mapping[str, Bool[Tensor, " samples"]] | None, anchor: str = "text"
+    vectors: Vectors,
+    present: Mapping[str, Bool[Tensor, " samples"]] | None,
+    anchor: str = "text",
+    joint_scores: Sequence[str] = JOINT_SCORES,
+    tile: int = TILE,
 ) -> RetrievalReport:
     """Retrieval in every direction: between single modalities by cosine, and between the anchor and every set of at
-    least two of the others (with two modalities in all: the single other) by volume and by summed cosine.
+    least two of the others (with two modalities in all: the single other) by each of `joint_scores`.
 
     A candidate counts where all modalities of its side are there, a query where those of both sides are: without its
     true candidate it could not be answered. A row of zeros has no direction and counts as missing.
@@ -84,25 +54,28 @@ def evaluate_retrieval(
     Args:
         vectors: unit rows by modality, on any device.
         present: which rows are there; None: all.
+        anchor: a modality.
+        joint_scores: see `pretrain.scoring.names`.
+        tile: samples of each side scored at once; memory, never the result, depends on it.
 
     Raises:
         ValueError: `anchor` is no modality of `vectors`.
+        UserError: an unknown score, or fewer dimensions than vectors where volumes are asked for.
     """
     if anchor not in vectors:
         raise ValueError(f"anchor '{anchor}': no such modality; {nearest(anchor, vectors)}")
-    units = {name: _unit(rows) for name, rows in vectors.items()}
     there = {name: (rows != 0).any(dim=1) for name, rows in vectors.items()}
     if present is not None:
         there = {name: mask & present[name].to(mask.device) for name, mask in there.items()}
     metrics: list[RetrievalMetrics] = []
-    for a, b in itertools.combinations(units, 2):
-        metrics += _both_directions(units, there, a, (b,), "cosine")
-    others = [name for name in units if name != anchor]
+    for a, b in itertools.combinations(vectors, 2):
+        metrics += _both_directions(vectors, there, a, (b,), "cosine", tile)
+    others = [name for name in vectors if name != anchor]
     for size in range(min(2, len(others)), len(others) + 1):
         for names in itertools.combinations(others, size):
-            metrics += _both_directions(units, there, anchor, names, "volume")
-            metrics += _both_directions(units, there, anchor, names, "summed_cosine")
-    pairs = {(a, b): _positive_cosines(units, there, a, b) for a, b in itertools.combinations(units, 2)}
+            for score in joint_scores:
+                metrics += _both_directions(vectors, there, anchor, names, score, tile)
+    pairs = {(a, b): _positive_cosines(vectors, there, a, b) for a, b in itertools.combinations(vectors, 2)}
     means = {pair: float(cosines.mean()) for pair, cosines in pairs.items()}
     apart = [pair for pair, cosines in pairs.items() if is_anti_aligned(cosines)]
     return RetrievalReport(
@@ -143,76 +116,54 @@ def _warnings(
                     "nothing to mend where they are independent of each other, else add a term for this pair"
                 )
             else:
-                yield f"{said}; volumes do not see the sign, a pairwise term or the orientation of gram does"
+                yield f"{said}; volumes and singular values do not see the sign, a pairwise term or orientation does"
 
 
-def _positive_cosines(units: Vectors, there: Mapping[str, Tensor], a: str, b: str) -> Float[Tensor, " pairs"]:
+def _positive_cosines(vectors: Vectors, there: Mapping[str, Tensor], a: str, b: str) -> Float[Tensor, " pairs"]:
     """Of the samples that have both; their mean is NaN when none has, or one holds NaN."""
     both = there[a] & there[b]
-    return (units[a][both] * units[b][both]).sum(dim=1)
+    one, other = (F.normalize(vectors[name][both].detach().double(), dim=1) for name in (a, b))
+    return (one * other).sum(dim=1)
 
 
 def _both_directions(
-    units: Vectors, there: Mapping[str, Tensor], anchor: str, names: tuple[str, ...], score: str
+    vectors: Vectors, there: Mapping[str, Tensor], anchor: str, names: tuple[str, ...], score: str, tile: int
 ) -> list[RetrievalMetrics]:
-    """anchor -> names and names -> anchor, scored in blocks of queries so that memory is linear in the samples."""
+    """anchor -> names and names -> anchor, from the same tiles of scores."""
     rows = there[anchor].nonzero()[:, 0]
     columns = torch.stack([there[name] for name in names]).all(dim=0).nonzero()[:, 0]
-    one, many = units[anchor][rows], {name: units[name][columns] for name in names}
-    query_rows = torch.isin(rows, columns).nonzero()[:, 0]
-    query_columns = torch.isin(columns, rows).nonzero()[:, 0]  # of the same samples, in the same order
-    scores = _scorer(one, many, score)
+    comparison = Comparison.of(
+        Embeddings(vectors={anchor: vectors[anchor][rows]}),
+        Embeddings(vectors={name: vectors[name][columns] for name in names}),
+        score,
+        tile=tile,
+    )
+    forth, back = _ranks(comparison, rows, columns)
     joined = "+".join(names)
-    block = max(1, BLOCK_ELEMENTS // max(1, len(names) * max(len(rows), len(columns))))
-    forth = [rank_of_truth(scores(query_rows[s], slice(None)), query_columns[s], TIE_TOLERANCE)
-             for s in _slices(len(query_rows), block)]  # fmt: skip
-    back = [rank_of_truth(scores(slice(None), query_columns[s]).T, query_rows[s], TIE_TOLERANCE)
-            for s in _slices(len(query_rows), block)]  # fmt: skip
-    nothing = rows.new_zeros(0)
     return [
-        retrieval_metrics(torch.cat([nothing, *forth]), len(columns), anchor, joined, score),
-        retrieval_metrics(torch.cat([nothing, *back]), len(rows), joined, anchor, score),
+        retrieval_metrics(forth, len(columns), anchor, joined, score),
+        retrieval_metrics(back, len(rows), joined, anchor, score),
     ]
 
 
-Index = Tensor | slice
+def _ranks(comparison: Comparison, rows: Int[Tensor, " r"], columns: Int[Tensor, " c"]) -> tuple[Tensor, Tensor]:
+    """0-based ranks of the truth, as `rank_of_truth` counts them: of the samples that stand on both sides, as queries
+    [n], and as candidates that ask the other way round [n]. rows, columns: which samples the sides are, ascending.
+    """
+    with_truth = torch.isin(rows, columns).nonzero()[:, 0], torch.isin(columns, rows).nonzero()[:, 0]
+    matched = comparison.matched(*with_truth)
+    of_row, of_column = (
+        matched.new_full((len(side),), torch.nan).index_put((where,), matched)
+        for side, where in zip((rows, columns), with_truth, strict=True)
+    )
+    forth, back = torch.zeros_like(rows), torch.zeros_like(columns)
+    for some, others, scores in comparison.tiles():
+        same = rows[some, None] == columns[others]
+        forth[some] += _unbeaten(scores, of_row[some, None], same, TIE_TOLERANCE).sum(dim=1)
+        back[others] += _unbeaten(scores, of_column[others], same, TIE_TOLERANCE).sum(dim=0)
+    return forth[with_truth[0]], back[with_truth[1]]
 
 
-def _scorer(one: Tensor, many: Vectors, score: str) -> Callable[[Index, Index], Tensor]:
-    """Scores of some rows of `one` against some of `many` (unit rows); what depends on one side is computed once."""
-    if score == "volume":
-        bases, volumes = _bases(many)
-        return lambda rows, columns: -_volumes(one[rows], bases[:, columns], volumes[columns])
-    total = _unit_sum(many)
-    return lambda rows, columns: one[rows] @ total[columns].T
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return F.normalize(rows.detach().double(), dim=1)
-
-
-def _unit_sum(others: Vectors) -> Tensor:
-    return torch.stack([_unit(rows) for rows in others.values()]).sum(dim=0)
-
-
-def _bases(others: Vectors) -> tuple[Float[Tensor, "others c dim"], Float[Tensor, " c"]]:
-    """Orthonormal basis of each candidate's unit vectors, and the volume they span."""
-    stacked = torch.stack([_unit(rows) for rows in others.values()], dim=2)  # [c, dim, others]
-    num_dims, num_others = stacked.shape[1:]
-    if num_dims < num_others + 1:
-        raise ValueError(f"{num_others + 1} vectors in {num_dims} dimensions: every volume would be 0")
-    q, r = torch.linalg.qr(stacked)
-    return q.permute(2, 0, 1), r.diagonal(dim1=1, dim2=2).prod(dim=1).abs()
-
-
-def _volumes(
-    queries: Float[Tensor, "q dim"], bases: Float[Tensor, "others c dim"], volumes: Float[Tensor, " c"]
-) -> Float[Tensor, "q c"]:
-    squared = queries.square().sum(dim=1)[:, None].repeat(1, len(volumes))
-    for basis in bases:
-        squared -= (queries @ basis.T).square()
-    return squared.clamp_(min=0).sqrt_() * volumes
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, length, size))
+def _unbeaten(scores: Tensor, true_score: Tensor, truth: Tensor, tolerance: float) -> Bool[Tensor, "q c"]:
+    """Which candidates count against the truth, whose own places are those where `truth`; NaN on a side does."""
+    return ~((scores < true_score - tolerance) | truth)

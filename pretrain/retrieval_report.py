@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Int
 from torch import Tensor
 
+from pretrain.scoring.names import SCORE_LABELS
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 Z_95 = 1.959964  # standard normal: 95 % lie within so many deviations
+SHORT = {"summed_cosine": "sum", "singular_value": "sing"}  # a table has 80 columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,7 @@ class RetrievalMetrics:
 
     query: str  # modality, or several joined by "+"
     candidates: str
-    score: str  # cosine, summed_cosine or volume
+    score: str  # of `pretrain.scoring.names`
     num_queries: int
     num_candidates: int
     recall_at_1: float
@@ -72,7 +75,7 @@ class RetrievalReport:
         cosines = [f"{pair} {'none' if v is None else f'{v:+.2f}'}" for pair, v in self.positive_cosine.items()]
         notes = (
             "recall and chance in %; 95 %: Wilson interval of R@1; rank: median; n queries of so many candidates; "
-            f"sum: summed cosine. Mean positive cosine: {', '.join(cosines)}"
+            f"{_abbreviations(self.metrics)}. Mean positive cosine: {', '.join(cosines)}"
         )
         table = Table(
             title=title, title_justify="left", caption=notes, caption_justify="left",
@@ -85,7 +88,7 @@ class RetrievalReport:
         for row in self.metrics:
             table.add_row(
                 f"{row.query} -> {row.candidates}",
-                "sum" if row.score == "summed_cosine" else row.score,
+                SHORT.get(row.score, row.score),
                 _percent(row.recall_at_1),
                 f"{_percent(row.recall_at_1_low)}-{_percent(row.recall_at_1_high)}" if row.num_queries else "-",
                 _percent(row.recall_at_5),
@@ -132,6 +135,11 @@ def wilson_interval(share: float, num_queries: int) -> tuple[float, float]:
     centre = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
     return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
+
+
+def _abbreviations(metrics: Sequence[RetrievalMetrics]) -> str:
+    found = {row.score for row in metrics}
+    return "; ".join(f"{short}: {SCORE_LABELS[score]}" for score, short in SHORT.items() if score in found)
 
 
 def _percent(share: float) -> str:

@@ -25,8 +25,8 @@ Rows = dict[str, Tensor]
 STEP = 3
 
 
-def run_config(run: Path, dataset: Path, **towers: dict[str, Any]) -> RunConfig:
-    """A run of three small towers under `gram`; each keyword's keys replace those of a tower."""
+def run_config(run: Path, dataset: Path, objective: str = "gram", **towers: dict[str, Any]) -> RunConfig:
+    """A run of three small towers under an objective; each further keyword's keys replace those of a tower."""
     encoder = {"width": 16, "depth": 1, "num_heads": 2}
     audio = {"encoder": encoder, "num_mels": 32, "hop_s": 0.02, "sample_rate_hz": SAMPLE_RATE_HZ}
     return RunConfig.model_validate(
@@ -39,16 +39,16 @@ def run_config(run: Path, dataset: Path, **towers: dict[str, Any]) -> RunConfig:
                 "text": {"encoder": encoder, "max_tokens": 16, **towers.get("text", {})},
             },
             "embedding_dim": 12,
-            "objective": [{"name": "gram"}],
+            "objective": [{"name": objective}],
             "schedule": {"num_steps": STEP},
             "train": {"global_batch": 4, "chunk": 4},
         }
     )
 
 
-def write_run(run: Path, dataset: Path, **towers: dict[str, Any]) -> PretrainModel:
+def write_run(run: Path, dataset: Path, objective: str = "gram", **towers: dict[str, Any]) -> PretrainModel:
     """Write the run; returns its model in evaluation mode."""
-    config = run_config(run, dataset, **towers)
+    config = run_config(run, dataset, objective, **towers)
     model = PretrainModel(config)
     folder = run / "checkpoints" / f"step-{STEP:08d}"
     folder.mkdir(parents=True)

@@ -118,6 +118,17 @@ def test_card_and_config_say_where_it_comes_from(export_folder: Path) -> None:
     assert config["score"] == "volume"
 
 
+def test_an_export_scores_as_its_objective_aligns(tmp_path: Path) -> None:
+    dataset = write_mixed_dataset(tmp_path / "data")
+    for name, score, label in (("pmrl", "singular_value", "singular value"), ("centrobind", "centroid", "centroid")):
+        write_run(tmp_path / "runs" / name, dataset, name)
+        export_run(tmp_path / "runs" / name, tmp_path / name, "last", force=False)
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"Tuples are scored by **{label}" in card
+        assert ("does not see signs" in card) == (name == "pmrl")
+        assert load_model(tmp_path / name).config.score == score
+
+
 def test_nothing_is_overwritten_by_mistake(trained_run: Path, export_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "photos"
     other.mkdir()
@@ -147,7 +158,7 @@ def test_what_is_no_export_or_damaged_is_refused(trained_run: Path, export_folde
         load_model(copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "format_version": 99}))
-    with pytest.raises(UserError, match="format version 99 found, 1 expected"):
+    with pytest.raises(UserError, match="format version 99 found, 2 expected"):
         load_model(copy)
 
 

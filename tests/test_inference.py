@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.settings import UserError
 from pretrain.inference import Frames, Model, UnreadableInput, Waveform, load_model
-from pretrain.retrieval import summed_cosine_scores, volume_scores
+from pretrain.scoring import scores
 from tests.media import write_clip, write_wav
 
 
@@ -119,16 +119,23 @@ def unit(num: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("others", [("video",), ("video", "audio")])
-def test_scores_are_those_of_evaluation(model: Model, others: tuple[str, ...]) -> None:
+def test_scores_and_matches_are_those_of_the_run(model: Model, others: tuple[str, ...]) -> None:
     query = {"text": unit(4, 0)}
     candidates = {name: unit(5, number + 1) for number, name in enumerate(others)}
-    volume = model.similarity(query, candidates, "volume")
-    assert (volume - volume_scores(query["text"], candidates)).abs().max() < 1e-6
-    cosine = model.similarity(query, candidates, "cosine")
-    assert (cosine - summed_cosine_scores(query["text"], candidates)).abs().max() < 1e-6
-    assert torch.equal(model.similarity(query, candidates), volume)  # as the run was trained to score
+    candidates[others[-1]][2] = torch.nan
+    assert model.config.score == "volume"
+    assert torch.equal(model.similarity(query, candidates), scores(query, candidates, "volume"))
+    for score in ("summed_cosine", "singular_value", "centroid", "volume"):
+        matrix = model.similarity(query, candidates, score)
+        assert torch.equal(matrix, scores(query, candidates, score))
+        found = model.search(query, candidates, 3, score)
+        assert torch.equal(found.scores, matrix.topk(3).values)
+        assert torch.equal(matrix.gather(1, found.indices), found.scores)
+    assert model.search(query, candidates, 1).indices.tolist() == found.indices[:, :1].tolist()  # by volume
 
 
-def test_an_unknown_score_is_refused(model: Model) -> None:
-    with pytest.raises(UserError, match="volume"):
+def test_mistakes_of_a_score_are_said(model: Model) -> None:
+    with pytest.raises(UserError, match="did you mean 'volume'"):
         model.similarity({"text": unit(2, 0)}, {"video": unit(2, 1)}, "volumes")
+    with pytest.raises(UserError, match="top_k 0"):
+        model.search({"text": unit(2, 0)}, {"video": unit(2, 1)}, 0)

@@ -1,4 +1,4 @@
-"""Retrieval metrics against hand-computed cases and a float64 determinant."""
+"""Retrieval metrics against hand-computed cases and whole matrices of scores."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from pretrain import retrieval
-from pretrain.retrieval import cosine_scores, evaluate_retrieval, rank_of_truth, summed_cosine_scores, volume_scores
+from pretrain.retrieval import evaluate_retrieval, rank_of_truth
 from pretrain.retrieval_report import Z_95, RetrievalReport, retrieval_metrics, wilson_interval
+from pretrain.scoring import scores
 
 NAN = float("nan")
+JOINT = ("volume", "summed_cosine", "singular_value", "centroid")
 
 
 def unit_rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -27,15 +28,6 @@ def unit_rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) ->
 def ranks(scores: list[list[float]], truth: list[int], tolerance: float = 0.0) -> list[int]:
     """`rank_of_truth` on plain lists."""
     return rank_of_truth(torch.tensor(scores, dtype=torch.float64), torch.tensor(truth), tolerance).tolist()
-
-
-def det_volumes(query: Tensor, others: dict[str, Tensor]) -> Tensor:
-    """sqrt(det(Gram)) of every query with every candidate, one by one."""
-    rows = []
-    for q in query.double():
-        tuples = [torch.stack([q, *(rows[j].double() for rows in others.values())]) for j in range(len(query))]
-        rows.append(torch.stack([torch.linalg.det(t @ t.T).clamp(min=0).sqrt() for t in tuples]))
-    return torch.stack(rows)
 
 
 # Ranks
@@ -67,59 +59,6 @@ def test_nan_counts_against_the_truth() -> None:
 def test_infinite_scores() -> None:
     assert ranks([[math.inf, 1.0, -math.inf]], [0]) == [0]
     assert ranks([[-math.inf, 1.0, -math.inf]], [0]) == [2]
-
-
-# Scores
-
-
-def test_cosine_is_blind_to_length_and_zero_for_zeros() -> None:
-    a, b = torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[5.0, 0.0], [1.0, 1.0]])
-    expected = torch.tensor([[1.0, math.sqrt(0.5)], [0.0, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(cosine_scores(a, b), expected)
-
-
-def test_summed_cosine_is_the_sum_of_cosines() -> None:
-    query, others = unit_rows(5, 8), {"video": unit_rows(7, 8, seed=1), "audio": unit_rows(7, 8, seed=2)}
-    expected = sum(cosine_scores(query, rows) for rows in others.values())
-    torch.testing.assert_close(summed_cosine_scores(query, others), expected)
-
-
-@pytest.mark.parametrize("num_others", [1, 2, 3, 4])
-def test_volume_against_a_determinant(num_others: int) -> None:
-    query = unit_rows(9, 6, dtype=torch.float64)
-    others = {f"m{i}": unit_rows(9, 6, seed=i + 1, dtype=torch.float64) for i in range(num_others)}
-    torch.testing.assert_close(-volume_scores(query, others), det_volumes(query, others), atol=1e-12, rtol=1e-9)
-
-
-def test_volume_by_hand() -> None:
-    query = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]])
-    others = {"a": torch.tensor([[0.0, 1.0, 0.0]]), "b": torch.tensor([[0.0, 0.0, 2.0]])}  # lengths do not matter
-    torch.testing.assert_close(volume_scores(query, others), torch.tensor([[-1.0], [0.0]], dtype=torch.float64))
-
-
-def test_small_volumes_have_no_floor() -> None:
-    angle = 1e-6  # cos(angle) differs from 1 by 5e-13: float32 would say 0
-    query = torch.tensor([[math.cos(angle), math.sin(angle), 0.0]], dtype=torch.float64)
-    others = {"a": torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)}
-    assert volume_scores(query, others).item() == pytest.approx(-angle, rel=1e-3)
-    assert volume_scores(others["a"], others).item() == 0.0
-
-
-def test_volume_ignores_the_order_of_the_others() -> None:
-    query, a, b, c = (unit_rows(6, 8, seed=s) for s in range(4))
-    forth, back = volume_scores(query, {"a": a, "b": b, "c": c}), volume_scores(query, {"c": c, "b": b, "a": a})
-    torch.testing.assert_close(forth, back, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("tile", [1, 3, 7, 10, 1000])
-def test_tiles_do_not_change_volumes(tile: int) -> None:
-    query, others = unit_rows(4, 8), {"a": unit_rows(10, 8, seed=1), "b": unit_rows(10, 8, seed=2)}
-    torch.testing.assert_close(volume_scores(query, others, tile), volume_scores(query, others), atol=1e-14, rtol=0)
-
-
-def test_more_vectors_than_dimensions_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 vectors in 2 dimensions"):
-        volume_scores(unit_rows(3, 2), {"a": unit_rows(3, 2), "b": unit_rows(3, 2)})
 
 
 # Intervals
@@ -171,8 +110,8 @@ def aligned(n: int = 40, noise: float = 0.05) -> dict[str, Tensor]:
 
 
 def test_perfect_embeddings_find_everything() -> None:
-    report = evaluate_retrieval(aligned(), None)
-    assert len(report.metrics) == 6 + 4
+    report = evaluate_retrieval(aligned(), None, joint_scores=JOINT)
+    assert len(report.metrics) == 6 + 2 * len(JOINT)
     for row in report.metrics:
         assert row.recall_at_1 == 1.0, row
         assert row.median_rank == 1
@@ -186,7 +125,7 @@ def test_collapsed_model_scores_zero(n: int) -> None:
     same = {name: point.repeat(n, 1) for name in ("text", "video", "audio")}
     apart = {name: unit_rows(1, 24, seed=s).repeat(n, 1) for s, name in enumerate(same)}
     for vectors in (same, apart):
-        for row in evaluate_retrieval(vectors, None).metrics:
+        for row in evaluate_retrieval(vectors, None, joint_scores=JOINT).metrics:
             assert row.recall_at_1 == 0.0, row
             assert row.median_rank == n
 
@@ -204,9 +143,10 @@ def test_picture_and_sound_are_both_needed() -> None:
 def test_anti_aligned_modality_is_named() -> None:
     vectors = aligned()
     vectors["audio"] = -vectors["audio"]
-    report = evaluate_retrieval(vectors, None)
+    report = evaluate_retrieval(vectors, None, joint_scores=("volume", "singular_value"))
     assert report.find("text", "audio", "cosine").recall_at_1 == 0.0
-    assert report.find("text", "video+audio", "volume").recall_at_1 == 1.0  # volumes do not see the sign
+    for score in ("volume", "singular_value"):  # which do not see the sign
+        assert report.find("text", "video+audio", score).recall_at_1 == 1.0
     cosine = report.positive_cosine["text-audio"]
     assert cosine is not None
     assert cosine < -0.9
@@ -315,28 +255,26 @@ def test_every_set_of_the_others_is_measured() -> None:
     assert sides == {"text+audio", "text+depth", "audio+depth", "text+audio+depth"}
 
 
-def test_blocks_do_not_change_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", [1, 7, 30])
+def test_tiles_do_not_change_the_report(tile: int) -> None:
     vectors = aligned(30, noise=1.5)
     present = {name: torch.rand(30, generator=torch.Generator().manual_seed(s)) < 0.8 for s, name in enumerate(vectors)}
-    whole = evaluate_retrieval(vectors, present)
+    whole = evaluate_retrieval(vectors, present, joint_scores=JOINT)
     assert 0 < whole.find("text", "video+audio", "volume").recall_at_1 < 1
-    monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", 100)
-    assert evaluate_retrieval(vectors, present) == whole
+    assert evaluate_retrieval(vectors, present, joint_scores=JOINT, tile=tile) == whole
 
 
-def test_scores_and_report_agree() -> None:
+@pytest.mark.parametrize("score", JOINT)
+def test_scores_and_report_agree(score: str) -> None:
     vectors = aligned(25, noise=1.5)
-    others = {name: vectors[name] for name in ("video", "audio")}
-    report = evaluate_retrieval(vectors, None)
-    for score, matrix in (
-        ("volume", volume_scores(vectors["text"], others)),
-        ("summed_cosine", summed_cosine_scores(vectors["text"], others)),
-    ):
-        for query, scores in (("text", matrix), ("video+audio", matrix.T)):
-            found = rank_of_truth(scores, torch.arange(25))
-            row = report.find(query, "video+audio" if query == "text" else "text", score)
-            assert row.recall_at_1 == pytest.approx((found == 0).double().mean().item())
-            assert row.median_rank == found.median().item() + 1
+    matrix = scores({"text": vectors["text"]}, {name: vectors[name] for name in ("video", "audio")}, score)
+    report = evaluate_retrieval(vectors, None, joint_scores=JOINT, tile=10)
+    for query, found in (("text", matrix), ("video+audio", matrix.T)):
+        places = rank_of_truth(found, torch.arange(25))
+        row = report.find(query, "video+audio" if query == "text" else "text", score)
+        assert 0 < row.recall_at_1 < 1
+        assert row.recall_at_1 == pytest.approx((places == 0).double().mean().item())
+        assert row.median_rank == places.median().item() + 1
 
 
 def test_report_is_json_and_a_table() -> None:
@@ -351,6 +289,7 @@ def test_report_is_json_and_a_table() -> None:
     assert "text -> video+audio" in text
     assert "75.8-100" in text  # 12 of 12
     assert "text-video +1.00" in " ".join(text.split())
+    assert "sum: summed cosine. Mean" in " ".join(text.split())
     assert "…" not in text
 
 

@@ -12,12 +12,12 @@ from data_pipeline.shards import ShardedDataset, sample_name
 from pretrain.data.transforms import Augmentation, chosen_caption
 from pretrain.kept_embeddings import KeptEmbeddings
 from pretrain.report import figures
-from pretrain.report.figures import SCORE_NAMES
 from pretrain.report.gallery import Gallery, make_gallery, open_dataset
 from pretrain.report.history import EvaluatedSet, RunHistory
 from pretrain.report.overview import Panel
 from pretrain.report.projection import project
 from pretrain.report.scores import Question, answers, score_samples
+from pretrain.scoring.names import SCORE_LABELS
 
 MAX_WORDS = 120  # characters of a caption in a hover
 
@@ -122,7 +122,7 @@ def _row(row: dict[str, Any]) -> RetrievalRow:
     low, high = 100 * row["recall_at_1_low"], 100 * row["recall_at_1_high"]
     return RetrievalRow(
         direction=f"{row['query']} → {row['candidates']}",
-        score=SCORE_NAMES.get(row["score"], row["score"]),
+        score=SCORE_LABELS.get(row["score"], row["score"]),
         recall_at_1=f"{100 * row['recall_at_1']:.1f}",
         interval=f"{low:.1f}–{high:.1f}",
         recall_at_5=f"{100 * row['recall_at_5']:.1f}",
@@ -135,8 +135,8 @@ def _row(row: dict[str, Any]) -> RetrievalRow:
 
 
 def _histogram(sample: Any) -> Panel:
-    own = {"volume": "Volume", "summed_cosine": "Summed cosine"}
-    title = own.get(sample.name) or f"Cosine {sample.name.replace('-', ' – ')}"
+    own = SCORE_LABELS.get(sample.name, "").capitalize()
+    title = own or f"Cosine {sample.name.replace('-', ' – ')}"
     return Panel(title=title, figure=figures.figure_json(figures.histogram_figure(sample)))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from pretrain.report.history import Curve
 from pretrain.report.projection import Projection
 from pretrain.report.scores import ScoreSamples
+from pretrain.scoring.names import SCORE_LABELS
 
 MODALITY_COLOURS = {"video": "#3d85d9", "audio": "#e07b39", "text": "#2ca37c"}
 PAIR_COLOURS = {"video-audio": "#a06cd5", "video-text": "#1f9fb0", "audio-text": "#b99528"}
@@ -24,8 +25,10 @@ STAGE_COLOURS = {
     "step": "#3fa387", "checkpoint": "#d98cab", "validation": "#c9d16b", "report": "#c7b299",
 }  # fmt: skip
 POSITIVE, NEGATIVE, CHANCE = "#2ca37c", "#8f99ab", "#9aa1ad"
-SCORE_COLOURS = {"cosine": "#3d85d9", "volume": "#a06cd5", "summed_cosine": "#2ca37c"}
-SCORE_NAMES = {"cosine": "cosine", "volume": "volume", "summed_cosine": "summed cosine"}
+SCORE_COLOURS = {
+    "cosine": "#3d85d9", "volume": "#a06cd5", "summed_cosine": "#2ca37c", "singular_value": "#e07b39",
+    "centroid": "#b99528",
+}  # fmt: skip
 NUM_BINS = 50
 HEIGHT_PX = 250
 
@@ -135,7 +138,7 @@ def retrieval_figure(groups: Mapping[str, Sequence[dict[str, Any]]]) -> go.Figur
         values = [100 * row["recall_at_1"] for row in rows]
         figure.add_scatter(
             x=values, y=[order.index(label) + shift for label in labels[name]], mode="markers",
-            name=SCORE_NAMES.get(name, name), marker={"size": 9, "color": colours[name]},
+            name=SCORE_LABELS.get(name, name), marker={"size": 9, "color": colours[name]},
             error_x={
                 "type": "data", "symmetric": False, "thickness": 2, "width": 0,
                 "array": [100 * row["recall_at_1_high"] - v for row, v in zip(rows, values, strict=True)],
@@ -158,14 +161,14 @@ def run_colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def _direction(row: dict[str, Any], with_score: bool) -> str:
-    score = f" · {SCORE_NAMES.get(row['score'], row['score'])}" if with_score else ""
+    score = f" · {SCORE_LABELS.get(row['score'], row['score'])}" if with_score else ""
     return f"{row['query']} → {row['candidates']}{score}"
 
 
 def _in_words(row: dict[str, Any]) -> str:
     low, high = 100 * row["recall_at_1_low"], 100 * row["recall_at_1_high"]
     return (
-        f"{row['query']} → {row['candidates']} by {SCORE_NAMES.get(row['score'], row['score'])}<br>"
+        f"{row['query']} → {row['candidates']} by {SCORE_LABELS.get(row['score'], row['score'])}<br>"
         f"R@1 {100 * row['recall_at_1']:.1f} % ({low:.1f} to {high:.1f}; n {row['num_queries']:,}), "
         f"R@5 {100 * row['recall_at_5']:.1f} %, R@10 {100 * row['recall_at_10']:.1f} %"
     )
@@ -180,7 +183,7 @@ def histogram_figure(samples: ScoreSamples) -> go.Figure:
     low, high = (float(both.min()), float(both.max())) if len(both) else (0.0, 1.0)
     width = max(high - low, 1e-6) / NUM_BINS
     centres = [low + (i + 0.5) * width for i in range(NUM_BINS)]
-    title = {"volume": "volume (near is small)", "summed_cosine": "summed cosine"}.get(samples.name, "cosine")
+    title = "volume (near is small)" if samples.name == "volume" else SCORE_LABELS.get(samples.name, "cosine")
     figure = _figure(
         {"title": {"text": title}}, {"title": {"text": "share (%)"}, "rangemode": "tozero"},
         barmode="overlay", bargap=0.02, height=220,

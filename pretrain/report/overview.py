@@ -11,8 +11,8 @@ from typing import Any
 from pretrain.config import TrainSplit
 from pretrain.evaluate import anchor_of, own_score
 from pretrain.report import figures
-from pretrain.report.figures import SCORE_NAMES
 from pretrain.report.history import Curve, RunHistory
+from pretrain.scoring.names import SCORE_LABELS
 
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 
@@ -81,7 +81,7 @@ def cards(run: RunHistory) -> list[Card]:
         row = headline_row(run, evaluated.result["metrics"])
         if row is not None:
             note = (
-                f"R@1 {row['query']} → {row['candidates']} by {SCORE_NAMES.get(row['score'], row['score'])}; "
+                f"R@1 {row['query']} → {row['candidates']} by {SCORE_LABELS.get(row['score'], row['score'])}; "
                 f"95 %: {100 * row['recall_at_1_low']:.1f} to {100 * row['recall_at_1_high']:.1f}; "
                 f"chance {100 * row['chance_recall_at_1']:.2g} %; {queries(row)}"
             )

@@ -17,6 +17,7 @@ from pretrain.report import figures, overview
 from pretrain.report.closeup import make_closeup
 from pretrain.report.history import RunHistory, read_run
 from pretrain.report.overview import Card, Panel
+from pretrain.scoring.names import SCORE_LABELS
 
 PAGE = "report.html"
 MEDIA_BYTES = 5_000_000  # of frames and sounds in one page, whatever the number of samples
@@ -142,7 +143,7 @@ def _compared_set(name: str, runs: Sequence[RunHistory]) -> ComparedSet:
             interval = (
                 f"{100 * row['recall_at_1_low']:.1f}–{100 * row['recall_at_1_high']:.1f}, {overview.queries(row)}"
             )
-            place = (f"{row['query']} → {row['candidates']}", figures.SCORE_NAMES.get(row["score"], row["score"]))
+            place = (f"{row['query']} → {row['candidates']}", SCORE_LABELS.get(row["score"], row["score"]))
             found.setdefault(place, {})[run] = (f"{100 * row['recall_at_1']:.1f}", interval)
     rows = [(d, score, [values.get(run, ("–", "")) for run in results]) for (d, score), values in found.items()]
     figure = figures.figure_json(figures.retrieval_figure(results))

@@ -12,18 +12,13 @@ from torch import Tensor
 from pretrain.config import RunConfig
 from pretrain.evaluate import anchor_of, own_score
 from pretrain.kept_embeddings import KeptEmbeddings
-from pretrain.retrieval import (
-    BLOCK_ELEMENTS,
-    TIE_TOLERANCE,
-    cosine_scores,
-    rank_of_truth,
-    summed_cosine_scores,
-    volume_scores,
-)
+from pretrain.retrieval import TIE_TOLERANCE, rank_of_truth
+from pretrain.scoring import ScoreName, scores
 
 MAX_QUERIES = 512
 MAX_CANDIDATES = 2048  # of the histograms; ranks are among all candidates
 NUM_BEST = 5
+BLOCK_ELEMENTS = 1 << 22  # scores held at once: 32 MB of float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +35,7 @@ class Answer:
 class ScoreSamples:
     """Scores of matched and of unmatched tuples under one score."""
 
-    name: str  # volume, summed_cosine, or a pair "a-b"
+    name: str  # a score of `pretrain.scoring.names`, or a pair "a-b"
     positive: Float[Tensor, " p"]
     negative: Float[Tensor, " n"]
 
@@ -51,7 +46,7 @@ class Question:
 
     query: str
     others: tuple[str, ...]
-    score: str  # volume or summed_cosine
+    score: ScoreName
     queries: Int64[Tensor, " q"]  # rows that have all modalities
     candidates: Int64[Tensor, " c"]  # rows that have all of `others`
 
@@ -74,8 +69,7 @@ class Question:
     def scores(self, kept: KeptEmbeddings, queries: Tensor, candidates: Tensor) -> Float[Tensor, "q c"]:
         """Scores of rows `queries` against rows `candidates`."""
         many = {name: kept.vectors[name][candidates] for name in self.others}
-        function = volume_scores if self.score == "volume" else summed_cosine_scores
-        return function(kept.vectors[self.query][queries], many)
+        return scores({self.query: kept.vectors[self.query][queries]}, many, self.score)
 
 
 def spread(rows: Int64[Tensor, " n"], most: int) -> Int64[Tensor, " m"]:
@@ -91,12 +85,12 @@ def answers(question: Question, kept: KeptEmbeddings) -> list[Answer]:
     found: list[Answer] = []
     if not len(queries):
         return found
-    for part in queries.split(max(1, BLOCK_ELEMENTS // max(1, len(candidates) * len(question.others)))):
-        scores = question.scores(kept, part, candidates)
+    for part in queries.split(max(1, BLOCK_ELEMENTS // max(1, len(candidates)))):
+        of_all = question.scores(kept, part, candidates)
         truth = torch.searchsorted(candidates, part)
-        ranks = rank_of_truth(scores, truth, TIE_TOLERANCE).tolist()
-        true_scores = scores.gather(1, truth[:, None])[:, 0].tolist()
-        rivals = scores.scatter(1, truth[:, None], -torch.inf)
+        ranks = rank_of_truth(of_all, truth, TIE_TOLERANCE).tolist()
+        true_scores = of_all.gather(1, truth[:, None])[:, 0].tolist()
+        rivals = of_all.scatter(1, truth[:, None], -torch.inf)
         values, places = rivals.topk(min(NUM_BEST, rivals.shape[1] - 1), dim=1)
         for row, rank, true_score, top, where in zip(
             part.tolist(), ranks, true_scores, values.tolist(), candidates[places].tolist(), strict=True
@@ -115,13 +109,13 @@ def score_samples(question: Question, kept: KeptEmbeddings) -> list[ScoreSamples
     """
     samples = [_own_samples(question, kept)] if len(question.queries) else []
     for a, b in itertools.combinations(kept.vectors, 2):
-        if len(kept.vectors) == 2 and question.score == "summed_cosine":
+        if len(kept.vectors) == 2 and question.score in ("summed_cosine", "centroid"):
             break  # the same as the run's own score
         both = (kept.present[a] & kept.present[b]).nonzero()[:, 0]
         rows, columns = spread(both, MAX_QUERIES), spread(both, MAX_CANDIDATES)
-        scores = cosine_scores(kept.vectors[a][rows], kept.vectors[b][columns])
+        found = scores({a: kept.vectors[a][rows]}, {b: kept.vectors[b][columns]}, "cosine")
         matched = (kept.vectors[a][rows].double() * kept.vectors[b][rows].double()).sum(dim=1)
-        negative = scores[rows[:, None] != columns[None]]
+        negative = found[rows[:, None] != columns[None]]
         samples.append(ScoreSamples(name=f"{a}-{b}", positive=matched, negative=negative))
     return [sample for sample in samples if len(sample.positive)]
 
