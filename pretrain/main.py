@@ -39,6 +39,9 @@ COMMANDS = {
     "evaluate": Entry(target="pretrain.command:evaluate", help="Retrieval metrics of a run on a dataset's split."),
     "report": Entry(target="pretrain.report.command:report", help="report.html of a run, or of several compared."),
     "export": Entry(target="pretrain.export_command:export", help="The towers of a run, to use them elsewhere."),
+    "compare-objectives": Entry(
+        target="pretrain.compare.command:compare_objectives", help="Objectives on equal terms: tables with intervals."
+    ),
     "embed": Entry(target="pretrain.export_command:embed", help="Embeddings of a dataset by an exported model."),
 }
 LAUNCH_COMMANDS = {

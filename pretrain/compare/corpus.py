@@ -1,0 +1,99 @@
+"""A cell of the comparison on a corpus: the real trainer in a process of its own, one rank, then retrieval."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.settings import UserError, check_settings, read_yaml
+from pretrain.compare.cells import Cell, Outcome
+from pretrain.compare.config import CorpusConfig
+from pretrain.config import RunConfig
+from pretrain.preflight import check_run
+
+RUNS = "runs"
+LAST_LINES = 3  # of a log that failed
+
+
+def cell_config(cell: Cell | None, experiment: CorpusConfig, out_dir: Path) -> RunConfig:
+    """The training config of a cell; without one, that of all.
+
+    Raises:
+        UserError: the training config, or the objective in it, is wrong.
+    """
+    values = read_yaml(experiment.run, experiment.overrides)
+    if cell is not None:
+        values |= {"seed": cell.seed, "run_dir": str(out_dir / RUNS / cell.name)}
+        values["objective"] = [part.model_dump(mode="json") for part in cell.entry.objective]
+    return check_settings(RunConfig, values, experiment.run)
+
+
+def check_cell(cell: Cell, experiment: CorpusConfig, out_dir: Path) -> None:
+    """Refuse what cannot be trained: data that is not there, an objective of other modalities.
+
+    Raises:
+        UserError: one line.
+    """
+    from pretrain.objectives import WeightedSum
+
+    config = cell_config(cell, experiment, out_dir)
+    check_run(config, ranks=1)
+    WeightedSum(config.objective, config.towers.names)
+
+
+def run_cell(cell: Cell, experiment: CorpusConfig, out_dir: Path) -> Outcome:
+    """Train (a run that was interrupted goes on), evaluate, and take R@1 of every direction.
+
+    Raises:
+        UserError: a process failed; names its log.
+    """
+    import yaml
+
+    config = cell_config(cell, experiment, out_dir)
+    folder = Path(config.run_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(folder.suffix + ".yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    log = folder.with_suffix(folder.suffix + ".log")
+    data = experiment.data or config.data.train[0].path
+    _command(["pretrain", str(path)], log)
+    _command(["evaluate", str(folder), "--data", data, "--split", experiment.split], log)
+    report = json.loads((folder / f"evaluation-{experiment.split}.json").read_text(encoding="utf-8"))
+    return Outcome(metrics=corpus_measures(report, config))
+
+
+def _command(arguments: list[str], log: Path) -> None:
+    """`parallelotope ARGUMENTS...`, its output at the end of `log`."""
+    with open(log, "ab") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pretrain.main", *arguments], stdout=stream, stderr=stream, env=os.environ.copy()
+        )
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()  # it saves, and the next start goes on
+            process.wait()
+            raise
+    if code != 0:
+        said = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+        raise UserError(f"parallelotope {arguments[0]} left with {code}: {' | '.join(said)} (log: {log})")
+
+
+def corpus_measures(report: dict[str, Any], config: RunConfig) -> dict[str, float]:
+    """R@1 of each direction by each score, that of anchor -> all others and back by the run's own score, and signs."""
+    from pretrain.evaluate import anchor_of, own_score
+
+    rows = report["metrics"]
+    found = {f"recall_at_1/{row['query']} -> {row['candidates']}/{row['score']}": row["recall_at_1"] for row in rows}
+    anchor, own = anchor_of(config), own_score(config)
+    others = "+".join(name for name in config.towers.names if name != anchor)
+    for query, candidates in ((anchor, others), (others, anchor)):
+        row = found.get(f"recall_at_1/{query} -> {candidates}/{own}")
+        if row is not None:
+            found[f"recall_at_1/{query} -> {candidates}/own"] = row
+    found |= {f"positive_cosine/{pair}": v for pair, v in report["positive_cosine"].items() if v is not None}
+    return found | {"anti_aligned": float(len(report["anti_aligned"]))}
