@@ -10,11 +10,19 @@ import yaml
 
 from data_pipeline.config import ShardConfig
 from data_pipeline.settings import Settings, UserError, load_settings, nearest
+from pretrain.compare.config import CompareConfig
 from pretrain.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
-MODELS: dict[str, type[Settings]] = {"shard.yaml": ShardConfig, "pretrain.yaml": RunConfig, "small.yaml": RunConfig}
+MODELS: dict[str, type[Settings]] = {
+    "shard.yaml": ShardConfig,
+    "pretrain.yaml": RunConfig,
+    "small.yaml": RunConfig,
+    "compare-synthetic.yaml": CompareConfig,
+    "compare-orientation.yaml": CompareConfig,
+    "compare-demo.yaml": CompareConfig,
+}
 MINIMAL: dict[str, Any] = {
     "run_dir": "run",
     "data": {"train": {"path": "data", "split": "train"}},

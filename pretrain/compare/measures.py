@@ -64,7 +64,12 @@ def sign_measures(vectors: Vectors) -> dict[str, float]:
     return {**means, "anti_aligned": float(sum(is_anti_aligned(values) for values in cosines.values()))}
 
 
-def readout_measures(kind: str, train: Vectors, test: Vectors, data: SyntheticData) -> dict[str, float]:
+def readout_measures(
+    kind: str,
+    train: dict[str, Float[Tensor, "train dim"]],
+    test: dict[str, Float[Tensor, "test dim"]],
+    data: SyntheticData,
+) -> dict[str, float]:
     """Accuracy of the label from each modality's embeddings, their mean, and from all of them concatenated."""
     num_labels = int(max(data.train.labels.max(), data.test.labels.max())) + 1
 

@@ -85,11 +85,11 @@ def _what(config: CompareConfig, comparison: Comparison) -> list[str]:
     experiment = config.experiment.model_dump(mode="json")
     seeds = ", ".join(map(str, config.seeds))
     lines = [
-        f"Same data, encoders, budget and order of batches for all; seeds {seeds}. A figure is the mean over seeds with",
-        "its 95 % t interval; after it stands the difference from the baseline of the same setting and seed. Where that",
-        f'interval holds 0 the page says "{NO_DIFFERENCE}". The intervals are over seeds, one at a time: of twenty true',
-        "equalities one will seem a difference. Nothing is claimed beyond them: another budget, learning rate or corpus",
-        "may order the objectives otherwise.",
+        f"Same data, encoders, budget and order of batches for all; seeds {seeds}. A figure is the mean over seeds",
+        "with its 95 % t interval; after it stands the difference from the baseline of the same setting and seed.",
+        f'Where that interval holds 0 the page says "{NO_DIFFERENCE}". The intervals are over seeds, one at a time: of',
+        "twenty true equalities one will seem a difference. Nothing is claimed beyond them: another budget, learning",
+        "rate or corpus may order the objectives otherwise.",
         "",
         f"Baseline: {comparison.baseline}. All cells took {comparison.seconds / 60:.1f} minutes together.",
         "",
@@ -169,8 +169,8 @@ def _hyper_parameters(config: CompareConfig, cells: Sequence[Cell]) -> list[str]
     first = {(cell.setting, cell.label): cell for cell in reversed(cells) if cell.seed == config.seeds[0]}
     shown = list({cell.label: cell for cell in first.values()}.values())[::-1]
     lines = [
-        "Learning rate and budget are the same for all where the table says nothing else. Temperatures are options of the",
-        "objectives: each begins at the default of its source unless the config says otherwise.",
+        "Learning rate and budget are the same for all where the table says nothing else. Temperatures are options of",
+        "the objectives: each begins at the default of its source unless the config says otherwise.",
         "",
         _row(["objective", "learning rate", "temperature at the start", "options"]),
         _row(["---", "---", "---", "---"]),

@@ -13,11 +13,11 @@ MAX_ITERATIONS = 60
 PENALTY = 1e-3  # on the squares of the weights, half of which is added to the mean loss
 HIDDEN_DIM = 64
 
-Rows = Float[Tensor, "samples dim"]
-Labels = Int[Tensor, " samples"]
+Train = tuple[Float[Tensor, "train dim"], Int[Tensor, " train"]]  # rows and their labels
+Test = tuple[Float[Tensor, "test dim"], Int[Tensor, " test"]]
 
 
-def accuracy(kind: str, train: tuple[Rows, Labels], test: tuple[Rows, Labels], num_labels: int) -> float:
+def accuracy(kind: str, train: Train, test: Test, num_labels: int) -> float:
     """Share of test rows whose label a classifier of the training rows says. kind: linear (multinomial logistic
     regression) or mlp (one hidden layer); whole batch, L-BFGS, on columns of unit variance: the same on every call.
     """

@@ -25,7 +25,7 @@ from pretrain.schedule import learning_rate
 
 
 class Diverged(Exception):
-    """The loss is not finite."""
+    """The loss or a weight is not finite."""
 
 
 def check_cell(cell: Cell, experiment: SyntheticConfig) -> None:
@@ -77,7 +77,7 @@ def train(
     """Train in place; the loss of the last step.
 
     Raises:
-        Diverged: the loss is not finite.
+        Diverged: the loss or a weight is not finite.
     """
     if not cell.entry.objective:
         return {}
@@ -95,6 +95,8 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    if not all(parameter.isfinite().all() for parameter in parameters):  # whose rows count as missing: the loss is 0
+        raise Diverged(f"weights are not finite after {budget.num_steps} steps")
     return {"loss": last}
 
 

@@ -1,0 +1,172 @@
+"""Cells of the synthetic comparison: equal terms for all objectives, and objectives that do what they are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.settings import UserError
+from pretrain.compare.cells import Cell, list_cells
+from pretrain.compare.config import SyntheticConfig
+from pretrain.compare.generator import draw_data
+from pretrain.compare.measures import retrieval_measures, sign_measures
+from pretrain.compare.synthetic import Diverged, batches, build, check_cell, measure, run_cell, train
+from pretrain.objective_config import OPTIONS
+from tests.compare.small import small_config, small_values
+
+OWN = {"anchor": "best"}
+ONE_OF_EACH: list[dict[str, Any]] = [
+    {"label": name, "objective": [{"name": name, **(OWN if "anchor" in kind.model_fields else {})}]}
+    for name, kind in sorted(OPTIONS.items())
+]
+BASELINE = {"label": "infonce", "objective": [{"name": "infonce"}]}
+
+
+def cells_and_experiment(
+    out_dir: Path, entries: list[dict[str, Any]], **experiment: Any
+) -> tuple[list[Cell], SyntheticConfig]:
+    values = small_values(out_dir)["experiment"]
+    baseline = entries[0]["label"]
+    config = small_config(
+        out_dir, objectives=entries, seeds=[0], baseline=baseline, experiment={**values, **experiment}
+    )
+    assert isinstance(config.experiment, SyntheticConfig)
+    return list_cells(config), config.experiment
+
+
+@pytest.mark.parametrize("entry", ONE_OF_EACH, ids=lambda entry: entry["label"])
+def test_every_objective_of_the_registry_trains_and_is_measured(tmp_path: Path, entry: dict[str, Any]) -> None:
+    cells, experiment = cells_and_experiment(tmp_path, [entry])
+    check_cell(cells[0], experiment)
+    outcome = run_cell(cells[0], experiment)
+    assert outcome.note == ""
+    expected = {"loss", "accuracy/x1", "accuracy/one", "accuracy/all", "positive_cosine/x1-x2", "anti_aligned"}
+    expected |= {"recall_at_1/x1 -> x3/cosine", "recall_at_1/x3 -> others/volume", "recall_at_1/one -> one/cosine"}
+    assert expected <= set(outcome.metrics)
+    assert all(torch.tensor(value).isfinite() for value in outcome.metrics.values())
+    assert run_cell(cells[0], experiment) == outcome  # bitwise: nothing but the cell decides
+
+
+def test_data_weights_and_batches_are_those_of_all_objectives(tmp_path: Path) -> None:
+    entries = [BASELINE, ONE_OF_EACH[[e["label"] for e in ONE_OF_EACH].index("feature_separation")]]
+    cells, experiment = cells_and_experiment(tmp_path, entries)
+    plain, separated = (build(cell, experiment)[0] for cell in cells)
+    own = plain.state_dict()
+    other = separated.state_dict()
+    assert len(other) > len(own)  # the second projections
+    assert all(torch.equal(value, other[name]) for name, value in own.items())
+
+
+def test_every_sample_once_an_epoch_in_an_order_of_the_seed(tmp_path: Path) -> None:
+    cells, experiment = cells_and_experiment(tmp_path, [BASELINE])
+    samples = draw_data(experiment.generator, cells[0].modalities, 0).train
+    budget = experiment.budget.model_copy(update={"num_steps": 8})
+
+    def drawn(seed: int) -> torch.Tensor:
+        return torch.cat([batch.observed["x1"][:, 0] for batch in batches(samples, budget, seed)])
+
+    first = drawn(0)
+    everything = samples.observed["x1"][:, 0].sort().values
+    for epoch in (first[:64], first[64:]):
+        assert torch.equal(epoch.sort().values, everything)
+    assert not torch.equal(first[:64], first[64:])
+    assert torch.equal(first, drawn(0))
+    assert not torch.equal(first, drawn(1))
+
+
+def test_a_frozen_anchor_stays_and_the_others_move(tmp_path: Path) -> None:
+    entries = [{"label": "bind", "freeze_anchor": True, "objective": [{"name": "infonce", "anchor": "worst"}]}]
+    cells, experiment = cells_and_experiment(tmp_path, entries)
+    encoders, objective = build(cells[0], experiment)
+    before = {name: value.clone() for name, value in encoders.state_dict().items()}
+    train(
+        cells[0], experiment.budget, encoders, objective, draw_data(experiment.generator, ("x1", "x2", "x3"), 0).train
+    )
+    moved = {
+        name.split(".")[1] for name, value in encoders.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert moved == {"x2", "x3"}
+
+
+def test_training_finds_what_random_encoders_do_not(tmp_path: Path) -> None:
+    """The latent is in every modality, so InfoNCE must find pairs; untrained encoders find one in 100 by chance."""
+    experiment: dict[str, Any] = {
+        "generator": {
+            "name": "mixture", "num_modalities": [3], "num_components": 4, "latent_dim": 4, "observed_dim": 16,
+            "noise_worst": 0.1, "noise_best": 0.1, "num_train": 512, "num_test": 100,
+        },
+        "encoder": {"hidden_dim": 32, "embedding_dim": 16},
+        "budget": {"num_steps": 120, "batch": 128},
+        "readout": None,
+    }  # fmt: skip
+    cells, settings = cells_and_experiment(tmp_path, [BASELINE, {"label": "untrained", "objective": []}], **experiment)
+    trained, untrained = (run_cell(cell, settings).metrics["recall_at_1/one -> one/cosine"] for cell in cells)
+    assert untrained < 0.08
+    assert trained > 0.4
+
+
+def test_a_loss_that_is_not_finite_is_a_note(tmp_path: Path) -> None:
+    entries = [{"label": "wild", "objective": [{"name": "unialign", "anchor": "best", "weight": 1e39}]}]
+    cells, experiment = cells_and_experiment(tmp_path, entries)
+    outcome = run_cell(cells[0], experiment)
+    assert outcome.metrics == {}
+    assert outcome.note.startswith("loss ")
+    assert outcome.note.endswith(" at step 1 of 4")
+
+
+def test_weights_that_are_not_finite_are_not_measured(tmp_path: Path) -> None:
+    """Their rows are zeros, which count as missing; the loss is finite."""
+    cells, experiment = cells_and_experiment(tmp_path, [BASELINE])
+    encoders, objective = build(cells[0], experiment)
+    with torch.no_grad():
+        next(encoders.parameters()).fill_(torch.nan)
+    samples = draw_data(experiment.generator, cells[0].modalities, 0).train
+    with pytest.raises(Diverged, match="weights are not finite"):
+        train(cells[0], experiment.budget, encoders, objective, samples)
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ({"name": "gram"}, "anchor 'text'; (valid: x1, x2, x3)"),
+        ({"name": "gram", "anchor": "x33"}, "did you mean 'x3'?"),
+        ({"name": "infonce", "pairs": [["x1", "x4"]]}, "modality 'x4'"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_is_trained(tmp_path: Path, objective: dict[str, Any], said: str) -> None:
+    cells, experiment = cells_and_experiment(tmp_path, [{"label": "a", "objective": [objective]}])
+    with pytest.raises(UserError) as caught:
+        check_cell(cells[0], experiment)
+    assert said in str(caught.value)
+
+
+def test_too_many_modalities_for_an_area_or_for_the_dimensions(tmp_path: Path) -> None:
+    values = small_values(tmp_path)["experiment"]
+    generator = {**values["generator"], "num_modalities": [4]}
+    entries = [{"label": "triangle", "objective": [{"name": "triangle", "anchor": "best"}]}]
+    cells, experiment = cells_and_experiment(tmp_path, entries, generator=generator)
+    with pytest.raises(UserError, match="an area has three corners"):
+        check_cell(cells[0], experiment)
+
+
+def test_retrieval_of_known_embeddings() -> None:
+    """x1 = x2, and x3 opposite to them: found by volume, not by cosine; and the sign is seen."""
+    rows = torch.nn.functional.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    vectors = {"x1": rows, "x2": rows.clone(), "x3": -rows}
+    found = retrieval_measures(vectors)
+    assert found["recall_at_1/x1 -> x2/cosine"] == 1.0
+    assert found["recall_at_1/x1 -> x3/cosine"] == found["recall_at_1/x3 -> others/summed_cosine"] == 0.0
+    assert found["recall_at_1/one -> one/cosine"] == pytest.approx(2 / 6)
+    signs = sign_measures(vectors)
+    assert signs["anti_aligned"] == 2.0
+    assert signs["positive_cosine/x1-x3"] == pytest.approx(-1.0)
+
+
+def test_measures_do_not_depend_on_training_mode_or_gradients(tmp_path: Path) -> None:
+    cells, experiment = cells_and_experiment(tmp_path, [BASELINE])
+    data = draw_data(experiment.generator, cells[0].modalities, 0)
+    encoders, _ = build(cells[0], experiment)
+    assert measure(encoders, data, experiment) == measure(encoders.eval(), data, experiment)
