@@ -1,0 +1,81 @@
+"""A cell of the comparison on real media: the real trainer and the real evaluation, in processes of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_pipeline.settings import UserError, check_settings
+from pretrain.compare.cells import Cell, list_cells, read_result, result_path, run_missing
+from pretrain.compare.config import CompareConfig, CorpusConfig
+from pretrain.compare.corpus import cell_config, check_cell, run_cell
+from tests.finished_run import run_config
+
+
+def corpus(folder: Path, dataset: Path, objectives: list[dict[str, Any]]) -> tuple[list[Cell], CorpusConfig]:
+    """A comparison whose training config is three steps of three small towers."""
+    run = run_config(folder / "unused", dataset).model_dump(mode="json")
+    run["train"]["zero_stage"] = 0
+    (folder / "pretrain.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    experiment = {"name": "corpus", "run": str(folder / "pretrain.yaml"), "overrides": ["schedule.num_steps=2"]}
+    values = {
+        "out_dir": str(folder / "out"), "seeds": [3], "baseline": objectives[0]["label"],
+        "experiment": experiment | {"split": "val"}, "objectives": objectives,
+    }  # fmt: skip
+    config = check_settings(CompareConfig, values, "compare.yaml")
+    assert isinstance(config.experiment, CorpusConfig)
+    names = cell_config(None, config.experiment, folder / "out").towers.names
+    return list_cells(config, names), config.experiment
+
+
+def test_a_cell_is_a_run_of_its_objective_and_seed(tmp_path: Path, small_dataset: Path) -> None:
+    entries = [{"label": "gram oriented", "objective": [{"name": "gram", "orientation": 4.0}]}]
+    cells, experiment = corpus(tmp_path, small_dataset, entries)
+    out_dir = tmp_path / "out"
+    check_cell(cells[0], experiment, out_dir)
+    assert run_missing(out_dir, cells, lambda cell: run_cell(cell, experiment, out_dir)) == []
+    run = yaml.safe_load((out_dir / "runs" / cells[0].name / "config.yaml").read_text())
+    assert (run["seed"], run["schedule"]["num_steps"]) == (3, 2)
+    assert run["objective"][0]["orientation"] == 4.0
+    result = read_result(out_dir, cells[0])
+    assert result is not None
+    metrics = result["metrics"]
+    assert metrics["recall_at_1/text -> video+audio/own"] == metrics["recall_at_1/text -> video+audio/volume"]
+    expected = {f"recall_at_1/{a} -> {b}/cosine" for a in ("video", "audio") for b in ("text",)}
+    expected |= {"recall_at_1/video+audio -> text/own", "recall_at_1/text -> video+audio/summed_cosine"}
+    assert expected | {"positive_cosine/video-text", "anti_aligned"} <= set(metrics)
+
+
+def test_a_run_that_fails_is_said_with_its_log_and_leaves_no_result(tmp_path: Path, small_dataset: Path) -> None:
+    cells, experiment = corpus(tmp_path, small_dataset, [{"label": "infonce", "objective": [{"name": "infonce"}]}])
+    broken = experiment.model_copy(update={"overrides": ("init_from=nowhere",)})
+    out_dir = tmp_path / "out"
+    failures = run_missing(out_dir, cells, lambda cell: run_cell(cell, broken, out_dir))
+    assert len(failures) == 1
+    assert "parallelotope pretrain left with 2" in failures[0]
+    assert f"{cells[0].name}.log" in failures[0]
+    assert not result_path(out_dir, cells[0]).exists()
+
+
+def test_mistakes_are_said_before_anything_is_trained(tmp_path: Path, small_dataset: Path) -> None:
+    cells, experiment = corpus(
+        tmp_path, small_dataset, [{"label": "a", "objective": [{"name": "gram", "anchor": "vidio"}]}]
+    )
+    with pytest.raises(UserError, match="did you mean 'video'"):
+        check_cell(cells[0], experiment, tmp_path / "out")
+    elsewhere = experiment.model_copy(update={"overrides": (f"data.train.0.path={tmp_path / 'nothing'}",)})
+    with pytest.raises(UserError, match="nothing"):
+        check_cell(cells[0], elsewhere, tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", [{"freeze_anchor": True}, {"each_anchor": True}, {"lr": 1e-3}])
+def test_what_the_trainer_cannot_do_is_refused(tmp_path: Path, small_dataset: Path, key: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="for the synthetic experiment only"):
+        corpus(
+            tmp_path,
+            small_dataset,
+            [{"label": "a", "objective": [{"name": "gram"}]}, {"label": "b", "objective": [{"name": "gram"}], **key}],
+        )
