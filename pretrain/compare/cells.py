@@ -94,7 +94,7 @@ def _entries(config: CompareConfig, names: tuple[str, ...]) -> Iterator[tuple[st
 def _with_names(part: Options, known: dict[str, str], anchor: str | None) -> Options:
     """`worst` and `best` as names of modalities; every anchor as `anchor` where that is given."""
     changes: dict[str, Any] = {}
-    own = getattr(part, "anchor", None)
+    own = getattr(part, "anchor", None) or ""
     if "anchor" in type(part).model_fields and (anchor is not None or own in known):
         changes["anchor"] = anchor or known[own]
     pairs = getattr(part, "pairs", "all")

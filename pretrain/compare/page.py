@@ -119,11 +119,13 @@ def _statements(comparison: Comparison, setting: str) -> list[str]:
 
 def _headline_table(comparison: Comparison, setting: str) -> list[str]:
     shown = headlines(comparison, setting)
-    lines = [_row(["objective", *shown.values(), "anti-aligned pairs"]), _row(["---"] + ["---:"] * (len(shown) + 1))]
+    header = ["objective", "seeds", *shown.values(), "anti-aligned pairs"]
+    lines = [_row(header), _row(["---"] + ["---:"] * (len(header) - 1))]
     for label in comparison.labels_of(setting):
         rows = [comparison.find(setting, label, metric) for metric in shown]
         away = comparison.find(setting, label, "anti_aligned")
-        lines.append(_row([label, *map(_cell, rows), f"{away.value.mean:.1f}" if away else "–"]))
+        num_seeds = max((row.value.num for row in rows if row is not None), default=0)
+        lines.append(_row([label, str(num_seeds), *map(_cell, rows), f"{away.value.mean:.1f}" if away else "–"]))
     return lines
 
 

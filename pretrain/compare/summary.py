@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,15 +67,11 @@ class Comparison:
         )
 
 
-def summarise(baseline: str, results: Iterable[tuple[Cell, Mapping[str, Any] | None]]) -> Comparison:
+def summarise(baseline: str, results: Sequence[tuple[Cell, Mapping[str, Any] | None]]) -> Comparison:
     """Rows of all cells that have a result; differences are taken against the label `baseline` of the same setting."""
     values: dict[tuple[str, str, str], dict[int, float]] = {}
     missing, notes, seconds = [], [], 0.0
-    settings: dict[str, None] = {}
-    labels: dict[str, None] = {}
     for cell, result in results:
-        settings[cell.setting] = None
-        labels[cell.label] = None
         if result is None:
             missing.append(cell.name)
             continue
@@ -84,12 +80,14 @@ def summarise(baseline: str, results: Iterable[tuple[Cell, Mapping[str, Any] | N
             notes.append(f"{cell.name}: {result['note']}")
         for metric, value in result["metrics"].items():
             values.setdefault((cell.setting, cell.label, metric), {})[cell.seed] = value
+    largest_first = sorted((cell for cell, _ in results), key=lambda cell: -len(cell.modalities))
     rows = {}
     for (setting, label, metric), found in values.items():
         reference = {} if label == baseline else values.get((setting, baseline, metric), {})
         rows[setting, label, metric] = _row(setting, label, metric, found, reference, is_baseline=label == baseline)
     return Comparison(
-        baseline=baseline, rows=rows, settings=list(settings), labels=list(labels), missing=missing, notes=notes,
+        baseline=baseline, rows=rows, settings=list(dict.fromkeys(cell.setting for cell, _ in results)),
+        labels=list(dict.fromkeys(cell.label for cell in largest_first)), missing=missing, notes=notes,
         seconds=seconds,
     )  # fmt: skip
 

@@ -83,7 +83,6 @@ def test_killed_and_run_again_it_is_the_uninterrupted_comparison(tmp_path: Path)
         ("experiment.budget.batch=65", "budget.batch 65 exceeds generator.num_train 64"),
         ("objectives.1.objective.0.anchor=text", "objective gram: anchor 'text'"),
         ("objectives.1.objective.0.name=grams", "gram"),
-        ("experiment={name: corpus, run: nowhere.yaml}", "nowhere.yaml: no such file"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, override: str, said: str) -> None:
@@ -92,6 +91,14 @@ def test_a_mistake_is_one_line(tmp_path: Path, override: str, said: str) -> None
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_training_config_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    experiment = {"name": "corpus", "run": str(tmp_path / "nowhere.yaml")}
+    done = run(write_small(tmp_path / "out", tmp_path / "config.yaml", experiment=experiment))
+    assert done.returncode == 2
+    assert "nowhere.yaml: no such file" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from pretrain.compare.cells import Cell, list_cells
 from pretrain.compare.page import markdown, write_page
 from pretrain.compare.summary import NO_DIFFERENCE, Comparison, summarise
-from tests.compare.small import small_config
+from tests.compare.small import small_config, small_values
 
 METRIC = "accuracy/all"
 SEEDS = [0, 1, 2, 3, 4]
@@ -83,7 +83,7 @@ def test_the_page_says_it_in_words(tmp_path: Path) -> None:
     assert "higher: better" in statement
     assert f"{NO_DIFFERENCE}: same" in statement
     assert "lower: worse" in statement
-    assert "| better | 52.0 [" in text
+    assert "| better | 5 | 52.0 [" in text
 
 
 def test_the_page_says_what_is_missing_or_failed(tmp_path: Path) -> None:
@@ -108,3 +108,13 @@ def test_files_hold_every_row(tmp_path: Path) -> None:
     page = (tmp_path / "comparison.html").read_text()
     assert "Plotly" in page
     assert "<script src=" not in page  # it needs nothing else
+
+
+def test_lines_stand_in_the_order_of_the_config(tmp_path: Path) -> None:
+    values = small_values(tmp_path)
+    values["experiment"]["generator"]["num_modalities"] = [3, 4]
+    bind = {"label": "bind", "each_anchor": True, "objective": [{"name": "infonce"}]}
+    config = small_config(tmp_path, experiment=values["experiment"], objectives=[bind, *values["objectives"]])
+    comparison = summarise("infonce", [(cell, None) for cell in list_cells(config)])
+    assert list(comparison.labels) == ["bind x1", "bind x2", "bind x3", "bind x4", "infonce", "gram"]
+    assert list(comparison.settings) == ["M=3", "M=4"]
