@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data_pipeline.settings import UserError
 from data_pipeline.shards import write_json
 from pretrain.compare.config import CompareConfig, CorpusConfig, Entry, EventsConfig, MixtureConfig
+from pretrain.config import RunConfig
 from pretrain.identity import differences
 from pretrain.objective_config import Options
 
@@ -57,22 +58,23 @@ class Outcome:
     note: str = ""
 
 
-def list_cells(config: CompareConfig, modalities: Sequence[str] = ()) -> list[Cell]:
+def list_cells(config: CompareConfig, run: RunConfig | None = None) -> list[Cell]:
     """All cells, those of one seed together, so that a comparison that is not finished has whole pairs.
 
-    modalities: of a corpus.
+    run: the training config of a comparison on a corpus.
     """
     return [
-        _cell(config, setting, names, label, entry, seed)
+        _cell(config, run, setting, names, label, entry, seed)
         for seed in config.seeds
-        for setting, names in _settings(config, tuple(modalities))
+        for setting, names in _settings(config, run)
         for label, entry in _entries(config, names)
     ]
 
 
-def _settings(config: CompareConfig, modalities: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
+def _settings(config: CompareConfig, run: RunConfig | None) -> list[tuple[str, tuple[str, ...]]]:
     if isinstance(config.experiment, CorpusConfig):
-        return [(config.experiment.split, modalities)]
+        assert run is not None
+        return [(config.experiment.split, run.towers.names)]
     generator = config.experiment.generator
     if isinstance(generator, EventsConfig):
         return [("events", ("video", "audio", "text"))]
@@ -103,10 +105,20 @@ def _with_names(part: Options, known: dict[str, str], anchor: str | None) -> Opt
     return part.model_copy(update=changes)
 
 
-def _cell(config: CompareConfig, setting: str, names: tuple[str, ...], label: str, entry: Entry, seed: int) -> Cell:
+def _cell(
+    config: CompareConfig,
+    run: RunConfig | None,
+    setting: str,
+    names: tuple[str, ...],
+    label: str,
+    entry: Entry,
+    seed: int,
+) -> Cell:
     experiment = config.experiment.model_dump(mode="json")
     if "generator" in experiment:
         experiment["generator"].pop("num_modalities", None)
+    if run is not None:  # what its file says, not where that lies
+        experiment |= {"run": run.model_dump(mode="json", exclude={"run_dir", "seed", "objective"}), "overrides": []}
     facts = {
         "label": label, "setting": setting, "seed": seed, "modalities": list(names), "experiment": experiment,
         "objective": [part.model_dump(mode="json", exclude={"tile"}) for part in entry.objective],

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from data_pipeline.settings import UserError, check_settings
-from pretrain.compare.cells import Cell, list_cells, read_result, result_path, run_missing
+from pretrain.compare.cells import Cell, Outcome, list_cells, read_result, result_path, run_missing
 from pretrain.compare.config import CompareConfig, CorpusConfig
 from pretrain.compare.corpus import cell_config, check_cell, run_cell
 from tests.finished_run import run_config
@@ -27,8 +27,7 @@ def corpus(folder: Path, dataset: Path, objectives: list[dict[str, Any]]) -> tup
     }  # fmt: skip
     config = check_settings(CompareConfig, values, "compare.yaml")
     assert isinstance(config.experiment, CorpusConfig)
-    names = cell_config(None, config.experiment, folder / "out").towers.names
-    return list_cells(config, names), config.experiment
+    return list_cells(config, cell_config(None, config.experiment, folder / "out")), config.experiment
 
 
 def test_a_cell_is_a_run_of_its_objective_and_seed(tmp_path: Path, small_dataset: Path) -> None:
@@ -47,6 +46,20 @@ def test_a_cell_is_a_run_of_its_objective_and_seed(tmp_path: Path, small_dataset
     expected = {f"recall_at_1/{a} -> {b}/cosine" for a in ("video", "audio") for b in ("text",)}
     expected |= {"recall_at_1/video+audio -> text/own", "recall_at_1/text -> video+audio/summed_cosine"}
     assert expected | {"positive_cosine/video-text", "anti_aligned"} <= set(metrics)
+
+
+def test_a_result_of_another_training_config_is_refused(tmp_path: Path, small_dataset: Path) -> None:
+    entries = [{"label": "infonce", "objective": [{"name": "infonce"}]}]
+    cells, experiment = corpus(tmp_path, small_dataset, entries)
+    run_missing(tmp_path, cells, lambda cell: Outcome(metrics={}))
+    assert read_result(tmp_path, cells[0]) is not None
+    values = yaml.safe_load(Path(experiment.run).read_text())
+    values["optimizer"]["lr"] = 0.5
+    Path(experiment.run).write_text(yaml.safe_dump(values), encoding="utf-8")
+    config = CompareConfig(out_dir="out", seeds=[3], baseline="infonce", experiment=experiment, objectives=entries)
+    changed = list_cells(config, cell_config(None, experiment, tmp_path / "out"))
+    with pytest.raises(UserError, match=r"experiment\.run\.optimizer\.lr is 0\.001 there, 0\.5 here"):
+        read_result(tmp_path, changed[0])
 
 
 def test_a_run_that_fails_is_said_with_its_log_and_leaves_no_result(tmp_path: Path, small_dataset: Path) -> None:
