@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from data_pipeline.settings import UserError, check_settings, read_yaml
 from pretrain.compare.cells import Cell, Outcome
 from pretrain.compare.config import CorpusConfig
 from pretrain.config import RunConfig
 from pretrain.preflight import check_run
+
+if TYPE_CHECKING:
+    from pretrain.kept_embeddings import KeptEmbeddings
 
 RUNS = "runs"
 LAST_LINES = 3  # of a log that failed
@@ -61,9 +63,13 @@ def run_cell(cell: Cell, experiment: CorpusConfig, out_dir: Path) -> Outcome:
     log = folder.with_suffix(folder.suffix + ".log")
     data = experiment.data or config.data.train[0].path
     _command(["pretrain", str(path)], log)
-    _command(["evaluate", str(folder), "--data", data, "--split", experiment.split], log)
-    report = json.loads((folder / f"evaluation-{experiment.split}.json").read_text(encoding="utf-8"))
-    return Outcome(metrics=corpus_measures(report, config))
+    # The last checkpoint, not the best: every objective has had the same budget.
+    _command(["evaluate", str(folder), "--data", data, "--split", experiment.split, "--checkpoint", "last"], log)
+    from pretrain.evaluate import own_score
+    from pretrain.kept_embeddings import KeptEmbeddings, embeddings_path
+
+    kept = KeptEmbeddings.load(embeddings_path(folder, f"evaluation-{experiment.split}"))
+    return Outcome(metrics=corpus_measures(kept, own_score(config)))
 
 
 def _command(arguments: list[str], log: Path) -> None:
@@ -83,17 +89,22 @@ def _command(arguments: list[str], log: Path) -> None:
         raise UserError(f"parallelotope {arguments[0]} left with {code}: {' | '.join(said)} (log: {log})")
 
 
-def corpus_measures(report: dict[str, Any], config: RunConfig) -> dict[str, float]:
-    """R@1 of each direction by each score, that of anchor -> all others and back by the run's own score, and signs."""
-    from pretrain.evaluate import anchor_of, own_score
+def corpus_measures(kept: KeptEmbeddings, own_score: str) -> dict[str, float]:
+    """R@1 of each direction, every modality asking for all others in turn, whatever the objective's anchor; by the
+    run's own score, too; and signs. Names are those of `pretrain.compare.measures`."""
+    from pretrain.compare.measures import direction_means
+    from pretrain.retrieval import evaluate_retrieval
 
-    rows = report["metrics"]
-    found = {f"recall_at_1/{row['query']} -> {row['candidates']}/{row['score']}": row["recall_at_1"] for row in rows}
-    anchor, own = anchor_of(config), own_score(config)
-    others = "+".join(name for name in config.towers.names if name != anchor)
-    for query, candidates in ((anchor, others), (others, anchor)):
-        row = found.get(f"recall_at_1/{query} -> {candidates}/{own}")
-        if row is not None:
-            found[f"recall_at_1/{query} -> {candidates}/own"] = row
-    found |= {f"positive_cosine/{pair}": v for pair, v in report["positive_cosine"].items() if v is not None}
-    return found | {"anti_aligned": float(len(report["anti_aligned"]))}
+    found: dict[str, float] = {}
+    for anchor in kept.vectors:
+        report = evaluate_retrieval(kept.vectors, kept.present, anchor=anchor)
+        all_others = "+".join(name for name in kept.vectors if name != anchor)
+        for row in report.metrics:
+            query, candidates = (
+                "others" if "+" in side and side == all_others else side for side in (row.query, row.candidates)
+            )
+            found[f"recall_at_1/{query} -> {candidates}/{row.score}"] = row.recall_at_1
+            if row.score == own_score and "others" in (query, candidates):
+                found[f"recall_at_1/{query} -> {candidates}/own"] = row.recall_at_1
+    cosines = {f"positive_cosine/{pair}": v for pair, v in report.positive_cosine.items() if v is not None}
+    return found | direction_means(found) | cosines | {"anti_aligned": float(len(report.anti_aligned))}

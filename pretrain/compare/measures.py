@@ -9,6 +9,7 @@ positive_cosine/x1-x2                mean cosine of matched pairs; anti_aligned:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations, permutations
 
 import torch
@@ -31,25 +32,31 @@ Vectors = dict[str, Float[Tensor, "samples dim"]]
 
 def retrieval_measures(vectors: Vectors) -> dict[str, float]:
     """R@1 in [0, 1] of each direction, sample i belonging to sample i; ties count as misses."""
-    kinds: dict[str, list[float]] = {}
-    metrics: dict[str, float] = {}
-
-    def add(query: str, candidates: str, score: str, kind: str, scores: Tensor) -> None:
-        found = _recall_at_1(scores)
-        metrics[f"recall_at_1/{query} -> {candidates}/{score}"] = found
-        kinds.setdefault(f"recall_at_1/{kind}/{score}", []).append(found)
-
-    for a, b in permutations(vectors, 2):
-        add(a, b, "cosine", "one -> one", cosine_scores(vectors[a], vectors[b]))
+    found = {
+        f"recall_at_1/{a} -> {b}/cosine": _recall_at_1(cosine_scores(vectors[a], vectors[b]))
+        for a, b in permutations(vectors, 2)
+    }
     for name in vectors if len(vectors) > 2 else ():
         others = {other: rows for other, rows in vectors.items() if other != name}
         for score, scores in (
             ("volume", volume_scores(vectors[name], others)),
             ("summed_cosine", summed_cosine_scores(vectors[name], others)),
         ):
-            add(name, "others", score, "one -> others", scores)
-            add("others", name, score, "others -> one", scores.T)
-    return metrics | {kind: sum(values) / len(values) for kind, values in kinds.items()}
+            found[f"recall_at_1/{name} -> others/{score}"] = _recall_at_1(scores)
+            found[f"recall_at_1/others -> {name}/{score}"] = _recall_at_1(scores.T)
+    return found | direction_means(found)
+
+
+def direction_means(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Means over all directions of a kind: recall_at_1/one -> one/cosine, recall_at_1/others -> one/volume ..."""
+    kinds: dict[str, list[float]] = {}
+    for name, value in metrics.items():
+        measure, direction, score = name.split("/")
+        sides = direction.split(" -> ")
+        if not any("+" in side for side in sides):  # neither one nor all others
+            kind = " -> ".join("others" if side == "others" else "one" for side in sides)
+            kinds.setdefault(f"{measure}/{kind}/{score}", []).append(value)
+    return {kind: sum(values) / len(values) for kind, values in kinds.items()}
 
 
 def _recall_at_1(scores: Tensor) -> float:

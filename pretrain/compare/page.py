@@ -18,8 +18,9 @@ from pretrain.compare.config import CompareConfig
 from pretrain.compare.summary import NO_DIFFERENCE, Comparison, Row
 
 PAGE, FIGURE = "comparison.md", "comparison.html"
-HEADLINES = {  # of the synthetic experiment; the corpus has those of its own directions
+HEADLINES = {
     "recall_at_1/one -> one/cosine": "R@1 one → one, cosine",
+    "recall_at_1/one -> others/own": "R@1 one → others, own score",
     "recall_at_1/one -> others/volume": "R@1 one → others, volume",
     "recall_at_1/one -> others/summed_cosine": "R@1 one → others, summed cosine",
     "recall_at_1/others -> one/summed_cosine": "R@1 others → one, summed cosine",
@@ -32,10 +33,7 @@ SHARES = ("recall_at_1/", "accuracy/")  # metrics in [0, 1], shown in per cent
 def headlines(comparison: Comparison, setting: str) -> dict[str, str]:
     """Metrics that a setting is summarised by, and their headings."""
     measured = comparison.metrics_of(setting)
-    found = {metric: heading for metric, heading in HEADLINES.items() if metric in measured}
-    if found:
-        return found
-    return {metric: _heading(metric) for metric in measured if metric.startswith("recall_at_1/")}
+    return {metric: heading for metric, heading in HEADLINES.items() if metric in measured}
 
 
 def write_page(config: CompareConfig, comparison: Comparison, cells: Sequence[Cell], out_dir: Path) -> list[Path]:
@@ -74,7 +72,12 @@ def markdown(config: CompareConfig, comparison: Comparison, cells: Sequence[Cell
                 "",
                 *_headline_table(comparison, setting),
             ]
-    lines += ["", "## Every direction", "", "Mean ± half of the 95 % interval, in per cent."]
+    lines += [
+        "",
+        "## Every direction",
+        "",
+        "Mean ± half of the 95 % interval: shares in per cent, cosines of matched pairs as they are.",
+    ]
     for setting in comparison.settings:
         if comparison.labels_of(setting):
             lines += ["", f"### {setting}, every direction", "", *_direction_table(comparison, setting)]
@@ -152,18 +155,23 @@ def interval_text(row: Row) -> str:
 
 def _direction_table(comparison: Comparison, setting: str) -> list[str]:
     labels = comparison.labels_of(setting)
-    metrics = [m for m in comparison.metrics_of(setting) if m.startswith(SHARES) and m not in HEADLINES]
+    shown = (*SHARES, "positive_cosine/")
+    metrics = [m for m in comparison.metrics_of(setting) if m.startswith(shown) and m not in HEADLINES]
     lines = [_row(["metric", *labels]), _row(["---"] + ["---:"] * len(labels))]
     for metric in metrics:
-        values = []
-        for label in labels:
-            row = comparison.find(setting, label, metric)
-            half = row.value.half_width if row else None
-            values.append(
-                "–" if row is None else f"{100 * row.value.mean:.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
-            )
-        lines.append(_row([_heading(metric), *values]))
+        rows = [comparison.find(setting, label, metric) for label in labels]
+        lines.append(_row([_heading(metric), *(_mean_text(row) for row in rows)]))
     return lines
+
+
+def _mean_text(row: Row | None) -> str:
+    """ "12.3 ± 1.3" of a share in per cent, "+0.60 ± 0.02" of a cosine."""
+    if row is None:
+        return "–"
+    half = row.value.half_width
+    if row.metric.startswith(SHARES):
+        return f"{100 * row.value.mean:.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+    return f"{row.value.mean:+.2f}" + ("" if half is None else f" ± {half:.2f}")
 
 
 def _hyper_parameters(config: CompareConfig, cells: Sequence[Cell]) -> list[str]:
@@ -190,7 +198,7 @@ def _hyper_parameters(config: CompareConfig, cells: Sequence[Cell]) -> list[str]
 def _heading(metric: str) -> str:
     kind, _, rest = metric.partition("/")
     what, _, score = rest.partition("/")
-    name = {"recall_at_1": "R@1"}.get(kind, kind)
+    name = {"recall_at_1": "R@1", "positive_cosine": "cosine"}.get(kind, kind)
     return f"{name} {what.replace('->', '→')}" + (f", {score.replace('_', ' ')}" if score else "")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,16 @@ def test_a_cell_is_a_run_of_its_objective_and_seed(tmp_path: Path, small_dataset
     result = read_result(out_dir, cells[0])
     assert result is not None
     metrics = result["metrics"]
-    assert metrics["recall_at_1/text -> video+audio/own"] == metrics["recall_at_1/text -> video+audio/volume"]
-    expected = {f"recall_at_1/{a} -> {b}/cosine" for a in ("video", "audio") for b in ("text",)}
-    expected |= {"recall_at_1/video+audio -> text/own", "recall_at_1/text -> video+audio/summed_cosine"}
+    assert metrics["recall_at_1/text -> others/own"] == metrics["recall_at_1/text -> others/volume"]
+    expected = {f"recall_at_1/{a} -> {b}/cosine" for a, b in permutations(("video", "audio", "text"), 2)}
+    expected |= {f"recall_at_1/{name} -> others/own" for name in ("video", "audio", "text")}
+    expected |= {"recall_at_1/others -> text/own", "recall_at_1/others -> one/summed_cosine"}
     assert expected | {"positive_cosine/video-text", "anti_aligned"} <= set(metrics)
+    report = json.loads((out_dir / "runs" / cells[0].name / "evaluation-val.json").read_text())
+    assert report["step"] == 2
+    for row in report["metrics"]:  # what `evaluate` said, under the names of a comparison
+        direction = f"{row['query']} -> {row['candidates']}".replace("video+audio", "others")
+        assert metrics[f"recall_at_1/{direction}/{row['score']}"] == row["recall_at_1"]
 
 
 def test_a_result_of_another_training_config_is_refused(tmp_path: Path, small_dataset: Path) -> None:
