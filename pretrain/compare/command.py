@@ -39,7 +39,7 @@ def compare_objectives(
         results = [(cell, read_result(out_dir, cell)) for cell in cells]
     from pretrain.compare.page import show, write_page
 
-    comparison = summarise(settings.baseline, results)
+    comparison = summarise(settings, results)
     if not comparison.rows:
         raise UserError(f"out_dir {out_dir}: no cell has a result; nothing to make a page of")
     written = write_page(settings, comparison, [cell for cell, _ in results], out_dir)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -213,17 +214,18 @@ def show(comparison: Comparison, written: Sequence[Path], failures: Sequence[str
         shown = headlines(comparison, setting)
         if not comparison.labels_of(setting):
             continue
-        table = Table(title=f"{setting}: mean over seeds, in per cent (> or <: beyond noise of {comparison.baseline})")
-        table.add_column("objective")
+        table = Table(
+            title=f"{setting}: mean over seeds, in per cent (> or <: beyond noise of {comparison.baseline})",
+            title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
+        )  # fmt: skip
+        table.add_column("objective", no_wrap=True)
         for heading in shown.values():
             table.add_column(heading, justify="right")
+        marks = {"higher": " >", "lower": " <"}
         for label in comparison.labels_of(setting):
             rows = [comparison.find(setting, label, metric) for metric in shown]
-            marks = {"higher": " >", "lower": " <"}
-            table.add_row(
-                label,
-                *("–" if row is None else f"{100 * row.value.mean:.1f}{marks.get(row.verdict, '  ')}" for row in rows),
-            )
+            values = ("–" if r is None else f"{100 * r.value.mean:.1f}{marks.get(r.verdict, '  ')}" for r in rows)
+            table.add_row(label, *values)
         console.print(table)
     for line in [*comparison.notes, *failures]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.compare.cells import Cell
+from pretrain.compare.config import CompareConfig
 from pretrain.compare.intervals import Interval, t_interval
 
 NO_DIFFERENCE = "no difference beyond noise"
@@ -61,14 +62,13 @@ class Comparison:
         return [label for label in self.labels if label in there]
 
     def metrics_of(self, setting: str, start: str = "") -> list[str]:
-        """Names of metrics there that begin so, in the order in which they were measured."""
-        return list(
-            dict.fromkeys(metric for place, _, metric in self.rows if place == setting and metric.startswith(start))
-        )
+        """Names of metrics there that begin so, in the order of their names."""
+        return sorted({metric for place, _, metric in self.rows if place == setting and metric.startswith(start)})
 
 
-def summarise(baseline: str, results: Sequence[tuple[Cell, Mapping[str, Any] | None]]) -> Comparison:
-    """Rows of all cells that have a result; differences are taken against the label `baseline` of the same setting."""
+def summarise(config: CompareConfig, results: Sequence[tuple[Cell, Mapping[str, Any] | None]]) -> Comparison:
+    """Rows of all cells that have a result; differences are taken against the baseline of the same setting."""
+    baseline = config.baseline
     values: dict[tuple[str, str, str], dict[int, float]] = {}
     missing, notes, seconds = [], [], 0.0
     for cell, result in results:
@@ -80,14 +80,15 @@ def summarise(baseline: str, results: Sequence[tuple[Cell, Mapping[str, Any] | N
             notes.append(f"{cell.name}: {result['note']}")
         for metric, value in result["metrics"].items():
             values.setdefault((cell.setting, cell.label, metric), {})[cell.seed] = value
-    largest_first = sorted((cell for cell, _ in results), key=lambda cell: -len(cell.modalities))
+    places = {entry.label: place for place, entry in enumerate(config.objectives)}
+    in_order = sorted((cell for cell, _ in results), key=lambda c: (places[c.entry.label], -len(c.modalities)))
     rows = {}
     for (setting, label, metric), found in values.items():
         reference = {} if label == baseline else values.get((setting, baseline, metric), {})
         rows[setting, label, metric] = _row(setting, label, metric, found, reference, is_baseline=label == baseline)
     return Comparison(
         baseline=baseline, rows=rows, settings=list(dict.fromkeys(cell.setting for cell, _ in results)),
-        labels=list(dict.fromkeys(cell.label for cell in largest_first)), missing=missing, notes=notes,
+        labels=list(dict.fromkeys(cell.label for cell in in_order)), missing=missing, notes=notes,
         seconds=seconds,
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ def made_up(out_dir: Path, left_out: tuple[tuple[str, int], ...] = ()) -> tuple[
             return None
         return {"metrics": {METRIC: VALUES[cell.label][cell.seed]}, "note": "", "seconds": 1.0}
 
-    return config, cells, summarise("infonce", [(cell, result(cell)) for cell in cells])
+    return config, cells, summarise(config, [(cell, result(cell)) for cell in cells])
 
 
 def row(comparison: Comparison, label: str) -> Any:
@@ -90,7 +90,7 @@ def test_the_page_says_what_is_missing_or_failed(tmp_path: Path) -> None:
     config, cells, comparison = made_up(tmp_path, left_out=(("same", 3),))
     assert "1 cells have no result yet**: M=3.same.seed-3" in "\n".join(markdown(config, comparison, cells))
     diverged = {"metrics": {}, "note": "loss nan at step 2", "seconds": 0.5}
-    comparison = summarise("infonce", [(cell, diverged if cell.label == "worse" else None) for cell in cells])
+    comparison = summarise(config, [(cell, diverged if cell.label == "worse" else None) for cell in cells])
     assert "- M=3.worse.seed-4: loss nan at step 2" in "\n".join(markdown(config, comparison, cells))
 
 
@@ -114,7 +114,9 @@ def test_lines_stand_in_the_order_of_the_config(tmp_path: Path) -> None:
     values = small_values(tmp_path)
     values["experiment"]["generator"]["num_modalities"] = [3, 4]
     bind = {"label": "bind", "each_anchor": True, "objective": [{"name": "infonce"}]}
-    config = small_config(tmp_path, experiment=values["experiment"], objectives=[bind, *values["objectives"]])
-    comparison = summarise("infonce", [(cell, None) for cell in list_cells(config)])
-    assert list(comparison.labels) == ["bind x1", "bind x2", "bind x3", "bind x4", "infonce", "gram"]
+    triangle = {"label": "triangle", "num_modalities": [3], "objective": [{"name": "triangle", "anchor": "best"}]}
+    entries = [bind, triangle, *values["objectives"]]
+    config = small_config(tmp_path, experiment=values["experiment"], objectives=entries)
+    comparison = summarise(config, [(cell, None) for cell in list_cells(config)])
+    assert list(comparison.labels) == ["bind x1", "bind x2", "bind x3", "bind x4", "triangle", "infonce", "gram"]
     assert list(comparison.settings) == ["M=3", "M=4"]
