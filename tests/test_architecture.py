@@ -153,7 +153,9 @@ def test_a_wrong_key_is_one_line_without_torch(command: list[str]) -> None:
     assert "train.zero_stagee: unknown key; did you mean 'zero_stage'?" in said
 
 
-@pytest.mark.parametrize("command", ["demo", "demo-corpus", "shard", "verify", "pretrain", "evaluate", "launch", "compare-objectives"])
+@pytest.mark.parametrize(
+    "command", ["demo", "demo-corpus", "shard", "verify", "pretrain", "evaluate", "launch", "compare-objectives"]
+)
 def test_every_command_of_the_table_exists(command: str) -> None:
     loaded, said, code = loaded_heavy(COMMAND_LINE, command, "--help")
     assert (loaded, code) == (set(), 0), said

@@ -35,7 +35,7 @@ class Row:
         return {
             "setting": self.setting, "objective": self.label, "metric": self.metric, "num_seeds": self.value.num,
             "mean": self.value.mean, "low": self.value.low, "high": self.value.high,
-            "difference": other.mean if other else None, "difference_low": other.low if other else None,
+            "num_shared_seeds": other.num if other else None, "difference": other.mean if other else None, "difference_low": other.low if other else None,
             "difference_high": other.high if other else None, "verdict": self.verdict,
         }  # fmt: skip
 
