@@ -93,11 +93,12 @@ def corpus_measures(kept: KeptEmbeddings, own_score: str) -> dict[str, float]:
     """R@1 of each direction, every modality asking for all others in turn, whatever the objective's anchor; by the
     run's own score, too; and signs. Names are those of `pretrain.compare.measures`."""
     from pretrain.compare.measures import direction_means
-    from pretrain.retrieval import evaluate_retrieval
+    from pretrain.retrieval import JOINT_SCORES, evaluate_retrieval
 
+    joint_scores = tuple(dict.fromkeys([*JOINT_SCORES, own_score]))
     found: dict[str, float] = {}
     for anchor in kept.vectors:
-        report = evaluate_retrieval(kept.vectors, kept.present, anchor=anchor)
+        report = evaluate_retrieval(kept.vectors, kept.present, anchor=anchor, joint_scores=joint_scores)
         all_others = "+".join(name for name in kept.vectors if name != anchor)
         for row in report.metrics:
             query, candidates = (

@@ -18,14 +18,8 @@ from torch import Tensor
 
 from pretrain.compare.generator import SyntheticData
 from pretrain.compare.readout import accuracy
-from pretrain.retrieval import (
-    TIE_TOLERANCE,
-    cosine_scores,
-    is_anti_aligned,
-    rank_of_truth,
-    summed_cosine_scores,
-    volume_scores,
-)
+from pretrain.retrieval import TIE_TOLERANCE, is_anti_aligned, rank_of_truth
+from pretrain.scoring import scores
 
 Vectors = dict[str, Float[Tensor, "samples dim"]]
 
@@ -33,17 +27,15 @@ Vectors = dict[str, Float[Tensor, "samples dim"]]
 def retrieval_measures(vectors: Vectors) -> dict[str, float]:
     """R@1 in [0, 1] of each direction, sample i belonging to sample i; ties count as misses."""
     found = {
-        f"recall_at_1/{a} -> {b}/cosine": _recall_at_1(cosine_scores(vectors[a], vectors[b]))
+        f"recall_at_1/{a} -> {b}/cosine": _recall_at_1(scores({a: vectors[a]}, {b: vectors[b]}, "cosine"))
         for a, b in permutations(vectors, 2)
     }
     for name in vectors if len(vectors) > 2 else ():
         others = {other: rows for other, rows in vectors.items() if other != name}
-        for score, scores in (
-            ("volume", volume_scores(vectors[name], others)),
-            ("summed_cosine", summed_cosine_scores(vectors[name], others)),
-        ):
-            found[f"recall_at_1/{name} -> others/{score}"] = _recall_at_1(scores)
-            found[f"recall_at_1/others -> {name}/{score}"] = _recall_at_1(scores.T)
+        for score in ("volume", "summed_cosine"):
+            matrix = scores({name: vectors[name]}, others, score)
+            found[f"recall_at_1/{name} -> others/{score}"] = _recall_at_1(matrix)
+            found[f"recall_at_1/others -> {name}/{score}"] = _recall_at_1(matrix.T)
     return found | direction_means(found)
 
 
@@ -59,8 +51,8 @@ def direction_means(metrics: Mapping[str, float]) -> dict[str, float]:
     return {kind: sum(values) / len(values) for kind, values in kinds.items()}
 
 
-def _recall_at_1(scores: Tensor) -> float:
-    ranks = rank_of_truth(scores, torch.arange(len(scores)), TIE_TOLERANCE)
+def _recall_at_1(matrix: Tensor) -> float:
+    ranks = rank_of_truth(matrix, torch.arange(len(matrix)), TIE_TOLERANCE)
     return float((ranks == 0).double().mean())
 
 

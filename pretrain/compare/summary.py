@@ -35,8 +35,9 @@ class Row:
         return {
             "setting": self.setting, "objective": self.label, "metric": self.metric, "num_seeds": self.value.num,
             "mean": self.value.mean, "low": self.value.low, "high": self.value.high,
-            "num_shared_seeds": other.num if other else None, "difference": other.mean if other else None, "difference_low": other.low if other else None,
-            "difference_high": other.high if other else None, "verdict": self.verdict,
+            "num_shared_seeds": other.num if other else None, "difference": other.mean if other else None,
+            "difference_low": other.low if other else None, "difference_high": other.high if other else None,
+            "verdict": self.verdict,
         }  # fmt: skip
 
 
