@@ -262,6 +262,15 @@ def test_projection_of_a_zero_row_passes_a_zero_gradient() -> None:
     torch.testing.assert_close(rows[1:2], expected)
 
 
+def test_projection_of_what_is_no_number_stays_none() -> None:
+    """A row of zeros counts as missing: broken weights must not look like that."""
+    features = torch.ones(2, 4)
+    features[1, 2] = torch.nan
+    rows = Projection(4, 3)(features)
+    assert rows[0].norm().item() == pytest.approx(1.0)
+    assert rows[1].isnan().all()
+
+
 def test_empty_rows_of_a_mask_get_their_first_step() -> None:
     mask = torch.tensor([[0, 0, 0], [0, 1, 1]], dtype=torch.bool)
     assert at_least_one(mask).tolist() == [[True, False, False], [False, True, True]]

@@ -19,6 +19,6 @@ class Projection(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             rows = self.linear(features.float())
             squared = rows.square().sum(dim=1, keepdim=True)
-            usable = squared > torch.finfo(torch.float32).tiny
+            usable = ~(squared <= torch.finfo(torch.float32).tiny)  # not-a-number stays one: it is no missing row
             length = torch.where(usable, squared, torch.ones_like(squared)).sqrt()
             return torch.where(usable, rows / length, torch.zeros_like(rows))
