@@ -66,7 +66,7 @@ class GramOptions(TemperatureOptions):
     name: Literal["gram"] = "gram"
     anchor: str = "text"
     label_smoothing: Smoothing = 0.1  # official code, not in the paper's formula
-    orientation: NonNegativeFloat = 0.0  # weight of a hinge on negative anchor cosines; 0 is the paper
+    orientation: NonNegativeFloat = 0.0  # weight of a hinge on negative cosines of a sample; 0 is the paper
 
 
 class TriangleOptions(TemperatureOptions):
@@ -123,7 +123,7 @@ class PmrlOptions(ObjectiveOptions):
     """PMRL (arXiv 2507.17343; code at c3997e9): the leading singular value of a sample, and its leading vector."""
 
     name: Literal["pmrl"] = "pmrl"
-    anchor: str = "text"  # gives the leading vector its sign, and orientation its cosines
+    anchor: str = "text"  # gives the leading vector its sign; a sample that lacks it is not dropped
     value_temperature: PositiveFloat = 0.05  # tau_1: code's default (utils/args.py); its pretraining script says 0.01
     temperature: PositiveFloat = 0.1  # tau_2, of the contrast of leading vectors: code
     sign: Literal["anchor", "free"] = "anchor"  # the code takes whatever sign the decomposition returns

@@ -74,7 +74,7 @@ class Gram(Objective):
         )
         terms = [contrast, *_volumes_by_arity(matched, masks, valid)]
         if self.gram.orientation:
-            terms.append(orientation(embeddings, anchor_name, self.gram.orientation, self.name))
+            terms.append(orientation(embeddings, valid, self.gram.orientation, self.name))
         return terms
 
 

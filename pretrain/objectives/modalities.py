@@ -70,16 +70,13 @@ def num_present(embeddings: Embeddings) -> Tensor:
     return torch.stack([embeddings.mask(name) for name in embeddings.vectors]).sum(dim=0)
 
 
-def orientation(embeddings: Embeddings, anchor: str, weight: float, objective: str) -> PerSample:
-    """Mean over a sample's other modalities of max(0, -cosine with the anchor).
+def orientation(embeddings: Embeddings, valid: Mask, weight: float, objective: str) -> PerSample:
+    """Sum over the pairs of a sample's modalities of max(0, -cosine), averaged over the samples that are `valid`.
 
     Volumes and singular values are the same for a vector and its opposite; this makes them point one way.
     """
-    others = [name for name in embeddings.vectors if name != anchor]
-    rows = embeddings.rows(anchor)
-    hinges = torch.stack([torch.relu(-(rows * embeddings.rows(name)).sum(dim=1)) for name in others], dim=1)
-    kept = torch.stack([embeddings.mask(name) for name in others], dim=1)
-    values = (hinges * kept).sum(dim=1) / kept.sum(dim=1).clamp_min(1)
-    return PerSample(
-        name=f"{objective}/orientation", weight=weight, values=values, valid=embeddings.mask(anchor) & kept.any(dim=1)
-    )
+    pairs = list(combinations(embeddings.vectors, 2))
+    cosines = [(embeddings.rows(a) * embeddings.rows(b)).sum(dim=1) for a, b in pairs]
+    there = torch.stack([embeddings.mask(a) & embeddings.mask(b) for a, b in pairs], dim=1)
+    values = (torch.relu(-torch.stack(cosines, dim=1)) * there).sum(dim=1)
+    return PerSample(name=f"{objective}/orientation", weight=weight, values=values, valid=valid & there.any(dim=1))

@@ -80,7 +80,7 @@ class Pmrl(Objective):
             ),
         ]
         if options.orientation:
-            terms.append(orientation(embeddings, options.anchor, options.orientation, self.name))
+            terms.append(orientation(embeddings, valid, options.orientation, self.name))
         return terms
 
 

@@ -85,13 +85,12 @@ def gram_determinant(vectors: Sequence[Tensor]) -> Tensor:
     return (matrix @ matrix.T).det()
 
 
-def orientation(case: Case, anchor: str) -> Tensor:
+def orientation(case: Case, kept: list[int]) -> Tensor:
     values = []
-    for i in case.enough():
-        if case.has(i, anchor):
-            others = [name for name in case.mine(i) if name != anchor]
-            cosines = torch.stack([case.vectors[anchor][i] @ case.vectors[name][i] for name in others])
-            values.append(torch.relu(-cosines).mean())
+    for i in kept:
+        pairs = itertools.combinations(case.mine(i), 2)
+        cosines = torch.stack([case.vectors[a][i] @ case.vectors[b][i] for a, b in pairs])
+        values.append(torch.relu(-cosines).sum())
     return torch.stack(values).mean() if values else zero(case)
 
 
@@ -114,7 +113,7 @@ def gram(
 
     logits = torch.stack([torch.stack([-volume(i, j) / temperature for j in kept]) for i in kept])
     value = both_ways(logits, case.ids[kept], label_smoothing)
-    return value + orientation_weight * orientation(case, anchor) if orientation_weight else value
+    return value + orientation_weight * orientation(case, kept) if orientation_weight else value
 
 
 def triangle(case: Case, *, anchor: str = "text", temperature: Temperature, label_smoothing: float = 0.1) -> Tensor:
@@ -242,7 +241,7 @@ def pmrl(
     cosines = rows @ rows.T
     logits = (cosines if sign == "anchor" else cosines.square()) / temperature
     value = torch.stack(values).mean() + cross_entropy(logits, case.ids[kept])
-    return value + orientation_weight * orientation(case, anchor) if orientation_weight else value
+    return value + orientation_weight * orientation(case, kept) if orientation_weight else value
 
 
 def centroid(case: Case, i: int) -> Tensor:
