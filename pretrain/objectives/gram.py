@@ -9,10 +9,8 @@ a vector is at most the volume of the others, and 0 where V = 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from data_pipeline.settings import UserError
@@ -20,7 +18,8 @@ from pretrain.objective_config import GramOptions
 from pretrain.objectives.embeddings import Embeddings
 from pretrain.objectives.gram_schmidt import PerTuple, Vectors, orthonormal_axes, without
 from pretrain.objectives.modalities import orientation, others_of
-from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Rows, Term
+from pretrain.objectives.scores import VolumeScore
+from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Term
 
 
 class Gram(Objective):
@@ -61,13 +60,13 @@ class Gram(Objective):
             name="gram",
             weight=1.0,
             pairs=Pairs(
-                rows={"anchor": anchor},
+                rows={"anchor": anchor, "square": anchor.square().sum(dim=1)},
                 columns={"volume": volume, **{f"axis {m}": axis for m, axis in enumerate(axes)}},
                 scalars={"scale": scale},
                 matched=-matched * scale,
                 valid=valid,
                 ids=embeddings.sample_ids(),
-                score=volume_logits,
+                score=VolumeScore(),
                 tile=self.gram.tile,
             ),
             label_smoothing=self.gram.label_smoothing,
@@ -103,35 +102,6 @@ def matched_volumes(anchor: Vectors, axes: Sequence[Vectors], volume: PerTuple) 
     for axis, along in zip(axes, alongs, strict=True):
         linear = linear - along * (direction * axis).sum(dim=1)
     return volume * (length + (linear - linear.detach()))
-
-
-def volume_logits(rows: Rows, columns: Rows, scalars: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
-    """-V_ij / temperature: one matrix product an axis, then a sum of squares."""
-    anchor = rows["anchor"]
-    products = [anchor @ axis.T for name, axis in columns.items() if name != "volume"]
-    distances = _Distances.apply(anchor.square().sum(dim=1, keepdim=True), *products)
-    return distances * (columns["volume"] * -scalars["scale"])
-
-
-class _Distances(torch.autograd.Function):
-    """sqrt(s_i - sum_m p^m_ij^2) of s [r, 1] and products p^m [r, c]; 0, as is its gradient, below rounding."""
-
-    @staticmethod
-    def forward(ctx: Any, squares: Tensor, *products: Tensor) -> Tensor:
-        distances = squares - products[0].square()
-        for product in products[1:]:
-            distances.addcmul_(product, product, value=-1)
-        distances = torch.threshold_(distances, 4 * torch.finfo(distances.dtype).eps, 0.0).sqrt_()
-        ctx.save_for_backward(distances, *products)
-        return distances
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        distances, *products = ctx.saved_tensors
-        slope = (grads[0] / distances).masked_fill_(distances == 0, 0.0)
-        by_square = slope.sum(dim=1, keepdim=True) / 2
-        slope.neg_()
-        return by_square, *(slope * product for product in products)
 
 
 OBJECTIVE = Gram

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jaxtyping import Float
 from torch import Tensor
 
 from pretrain.objective_config import InfonceOptions
 from pretrain.objectives.embeddings import Embeddings
 from pretrain.objectives.modalities import Mask, Vectors, modality_pairs, side
-from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, Rows, Term
+from pretrain.objectives.scores import CosineScore
+from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, Term
 
 
 class Infonce(Objective):
@@ -83,15 +83,9 @@ def cosine_pairs(
         matched=(left[0] * right[0]).sum(dim=1) * scalars["scale"] + scalars.get("bias", 0.0),
         valid=left[1] & right[1],
         ids=embeddings.sample_ids(),
-        score=cosine_logits,
+        score=CosineScore(),
         tile=tile,
     )
-
-
-def cosine_logits(rows: Rows, columns: Rows, scalars: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
-    """<left_i, right_j> * scale, and + bias where there is one."""
-    logits = rows["left"] @ columns["right"].T * scalars["scale"]
-    return logits + scalars["bias"] if "bias" in scalars else logits
 
 
 OBJECTIVE = Infonce

@@ -19,7 +19,8 @@ from data_pipeline.settings import UserError
 from pretrain.objective_config import PmrlOptions
 from pretrain.objectives.embeddings import Embeddings
 from pretrain.objectives.modalities import orientation, others_of
-from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Rows, Term
+from pretrain.objectives.scores import CosineScore, Rows
+from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Term
 
 Matrices = Float[Tensor, "samples modalities dim"]  # row m: modality m; rows of zeros: missing
 GAP = 1e-6  # of s_1^2: below it u_1 has no derivative with respect to a turn towards u_j
@@ -65,13 +66,13 @@ class Pmrl(Objective):
                 name="pmrl/contrast",
                 weight=options.weights.contrast,
                 pairs=Pairs(
-                    rows={"leading": leading},
-                    columns={"leading": leading},
+                    rows={"left": leading},
+                    columns={"right": leading},
                     scalars={"scale": leading.new_tensor([1 / options.temperature])},
                     matched=leading.square().sum(dim=1) / options.temperature,
                     valid=valid,
                     ids=embeddings.sample_ids(),
-                    score=leading_logits if options.sign == "anchor" else sign_free_logits,
+                    score=CosineScore() if options.sign == "anchor" else sign_free_logits,
                     tile=options.tile,
                 ),
                 label_smoothing=options.label_smoothing,
@@ -154,14 +155,9 @@ def _signs(first: Float[Tensor, "samples modalities"]) -> Float[Tensor, " sample
     return torch.where(first.gather(1, place[:, None]).squeeze(1) < 0, -1.0, 1.0).to(first.dtype)
 
 
-def leading_logits(rows: Rows, columns: Rows, scalars: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
-    """u_i . u_j / tau_2"""
-    return rows["leading"] @ columns["leading"].T * scalars["scale"]
-
-
 def sign_free_logits(rows: Rows, columns: Rows, scalars: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
     """(u_i . u_j)^2 / tau_2"""
-    return (rows["leading"] @ columns["leading"].T).square() * scalars["scale"]
+    return (rows["left"] @ columns["right"].T).square() * scalars["scale"]
 
 
 OBJECTIVE = Pmrl
