@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pretrain.collectives import World
+from pretrain.kernels.choice import fused_tiles
 from pretrain.objectives.scores import Rows, Sums, TileScore
 from pretrain.objectives.terms import Pairs
 from pretrain.pair_grid import PairGrid, Tile
@@ -87,9 +88,14 @@ class _TiledStatistics(torch.autograd.Function):
         like = next(tensor for tensor in tensors if tensor.is_floating_point())
         by_row = SideStatistics(wanted[0], len(grid.pairs.valid), 1, like)
         by_column = SideStatistics(wanted[1], len(grid.column_valid), 0, like)
-        matched = _collect(grid, tensors, by_row, by_column)
+        fused = fused_tiles(grid.pairs, wanted[0] | wanted[1], like)
+        if fused is None:
+            matched = _collect(grid, tensors, by_row, by_column)
+        else:
+            matched = torch.zeros_like(by_row.sum)  # such pairs bring their own
+            fused.collect(grid, tensors, by_row, by_column)
         by_column.reduce(world)
-        ctx.grid, ctx.world, ctx.sides = grid, world, (by_row, by_column)
+        ctx.grid, ctx.world, ctx.fused, ctx.sides = grid, world, fused, (by_row, by_column)
         ctx.save_for_backward(*tensors)
         row, column = by_row.outputs(slice(None)), by_column.outputs(grid.own)
         ctx.mark_non_differentiable(row[0], column[0])
@@ -105,7 +111,10 @@ class _TiledStatistics(torch.autograd.Function):
         tensors: tuple[Tensor, ...] = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
         sums = [torch.zeros_like(tensor) if need else None for tensor, need in zip(tensors, needed, strict=True)]
-        _spread(ctx.grid, tensors, sums, grads[0], sides)
+        if ctx.fused is None:
+            _spread(ctx.grid, tensors, sums, grads[0], sides)
+        else:
+            ctx.fused.spread(ctx.grid, tensors, sums, sides)
         return None, None, None, *sums
 
 
