@@ -20,7 +20,7 @@ class ObjectiveOptions(Settings):
     """What all objectives share."""
 
     weight: float = 1.0  # factor of this objective in the sum
-    tile: PositiveInt = 1024  # rows and columns scored at once; never changes the result
+    tile: PositiveInt = 512  # rows and columns scored at once; never changes the result; 512: benchmarks/objectives.md
 
     @property
     def views(self) -> frozenset[str]:

@@ -22,6 +22,8 @@ from pretrain.objectives.terms import Pairs
 from pretrain.pair_grid import PairGrid, Tile
 from pretrain.side_statistics import SideGradients, SideStatistics, Statistic, add_tile, score_gradient
 
+KEPT_BYTES = 64 << 20  # of scored tiles that stay for backward, at any size of the batch; others are scored again
+Kept = dict[int, tuple[Tensor, tuple[Tensor, ...]]]  # by number of the tile: its scores, and what their score keeps
 Wanted = tuple[frozenset[Statistic], frozenset[Statistic]]  # of rows, of columns
 
 
@@ -88,14 +90,16 @@ class _TiledStatistics(torch.autograd.Function):
         like = next(tensor for tensor in tensors if tensor.is_floating_point())
         by_row = SideStatistics(wanted[0], len(grid.pairs.valid), 1, like)
         by_column = SideStatistics(wanted[1], len(grid.column_valid), 0, like)
+        kept: Kept = {}
         fused = fused_tiles(grid.pairs, wanted[0] | wanted[1], like)
         if fused is None:
-            matched = _collect(grid, tensors, by_row, by_column)
+            matched = _collect(grid, tensors, by_row, by_column, kept if any(ctx.needs_input_grad) else None)
         else:
             matched = torch.zeros_like(by_row.sum)  # such pairs bring their own
             fused.collect(grid, tensors, by_row, by_column)
         by_column.reduce(world)
         ctx.grid, ctx.world, ctx.fused, ctx.sides = grid, world, fused, (by_row, by_column)
+        ctx.kept = kept
         ctx.save_for_backward(*tensors)
         row, column = by_row.outputs(slice(None)), by_column.outputs(grid.own)
         ctx.mark_non_differentiable(row[0], column[0])
@@ -112,18 +116,32 @@ class _TiledStatistics(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         sums = [torch.zeros_like(tensor) if need else None for tensor, need in zip(tensors, needed, strict=True)]
         if ctx.fused is None:
-            _spread(ctx.grid, tensors, sums, grads[0], sides)
+            _spread(ctx.grid, tensors, sums, grads[0], sides, ctx.kept)
         else:
             ctx.fused.spread(ctx.grid, tensors, sums, sides)
         return None, None, None, *sums
 
 
-def _collect(grid: PairGrid, tensors: Sequence[Tensor], by_row: SideStatistics, by_column: SideStatistics) -> Tensor:
-    """Score all tiles into both sides; returns the scores of matched pairs [n]."""
+def _collect(
+    grid: PairGrid,
+    tensors: Sequence[Tensor],
+    by_row: SideStatistics,
+    by_column: SideStatistics,
+    kept: Kept | None,
+) -> Tensor:
+    """Score all tiles into both sides, and the first ones into `kept`; returns the scores of matched pairs [n]."""
     rows, columns, scalars = grid.unpack(tensors)
+    score, free_bytes = grid.pairs.score, KEPT_BYTES
     matched = by_row.sum.new_zeros(len(grid.pairs.valid))
-    for tile in grid.tiles():
-        scores = grid.pairs.score(*grid.cut(tile, rows, columns), scalars)
+    for number, tile in enumerate(grid.tiles()):
+        parts = (*grid.cut(tile, rows, columns), scalars)
+        if isinstance(score, TileScore):
+            scores, more = score.forward(*parts)
+            free_bytes -= sum(tensor.nbytes for tensor in (scores, *more))
+            if kept is not None and free_bytes >= 0:
+                kept[number] = scores, more
+        else:
+            scores = score(*parts)
         if tile.matched is not None:
             matched[tile.rows][tile.matched[0]] = scores[tile.matched].diagonal()
         add_tile(tile, scores, by_row, by_column)
@@ -136,8 +154,9 @@ def _spread(
     sums: Sequence[Tensor | None],
     by_matched: Tensor,
     sides: tuple[SideGradients, SideGradients],
+    kept: Kept,
 ) -> None:
-    """Score all tiles again and add the gradients of `tensors` to `sums`; None: not wanted."""
+    """Score all tiles that were not kept again and add the gradients of `tensors` to `sums`; None: not wanted."""
     rows, columns, scalars = grid.unpack(tensors)
     row_sums, column_sums, scalar_sums = grid.unpack(sums)
     score = grid.pairs.score
@@ -148,12 +167,13 @@ def _spread(
             found[tile.matched].diagonal().copy_(by_matched[tile.rows][tile.matched[0]])
         return found
 
-    for tile in grid.tiles():
+    for number, tile in enumerate(grid.tiles()):
         parts = (*grid.cut(tile, rows, columns), scalars)
         totals = _part(row_sums, tile.rows), _part(column_sums, tile.columns), scalar_sums
         if isinstance(score, TileScore):
-            scores, kept = score.forward(*parts)
-            score.backward(kept, gradient(tile, scores), parts, totals)
+            # What was kept is written over: a second backward finds none.
+            scores, more = kept.pop(number) if number in kept else score.forward(*parts)
+            score.backward(more, gradient(tile, scores), parts, totals)
             continue
         leaves = tuple(_leaves(part, total) for part, total in zip(parts, totals, strict=True))
         with torch.enable_grad():

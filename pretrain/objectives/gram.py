@@ -9,14 +9,16 @@ a vector is at most the volume of the others, and 0 where V = 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
 from data_pipeline.settings import UserError
 from pretrain.objective_config import GramOptions
 from pretrain.objectives.embeddings import Embeddings
-from pretrain.objectives.gram_schmidt import PerTuple, Vectors, orthonormal_axes, without
+from pretrain.objectives.gram_schmidt import ROUNDING, PerTuple, Vectors, orthonormal_axes, row_blocks, without
 from pretrain.objectives.modalities import orientation, others_of
 from pretrain.objectives.scores import VolumeScore
 from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Term
@@ -60,7 +62,7 @@ class Gram(Objective):
             name="gram",
             weight=1.0,
             pairs=Pairs(
-                rows={"anchor": anchor, "square": anchor.square().sum(dim=1)},
+                rows={"anchor": anchor, "square": vecdot(anchor, anchor)},
                 columns={"volume": volume, **{f"axis {m}": axis for m, axis in enumerate(axes)}},
                 scalars={"scale": scale},
                 matched=-matched * scale,
@@ -91,17 +93,35 @@ def matched_volumes(anchor: Vectors, axes: Sequence[Vectors], volume: PerTuple) 
 
     The derivative of |r| is r/|r| with respect to a, and -<a, q> r/|r| with respect to an axis q; 0 where r is 0.
     """
-    with torch.no_grad():
-        residual = without(without(anchor, axes), axes)
-        squared = residual.square().sum(dim=1)
-        usable = squared > (16 * torch.finfo(anchor.dtype).eps) ** 2
-        length = torch.where(usable, squared, torch.zeros_like(squared)).sqrt()
-        direction = torch.where(usable[:, None], residual / length[:, None], torch.zeros_like(residual))
-        alongs = [(anchor * axis).sum(dim=1) for axis in axes]
-    linear = (direction * anchor).sum(dim=1)
-    for axis, along in zip(axes, alongs, strict=True):
-        linear = linear - along * (direction * axis).sum(dim=1)
-    return volume * (length + (linear - linear.detach()))
+    volumes = _MatchedVolumes.apply(anchor, volume, *axes)
+    assert isinstance(volumes, Tensor)
+    return volumes
+
+
+class _MatchedVolumes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, volume: Tensor, *axes: Tensor) -> Tensor:
+        length, inverse, *alongs = anchor.new_empty(2 + len(axes), len(anchor))
+        directions = torch.empty_like(anchor)
+        for part in row_blocks(anchor):
+            rows, own = anchor[part], [axis[part] for axis in axes]
+            residual = without(without(rows, own), own)
+            size = torch.linalg.vector_norm(residual, dim=1)
+            usable = size > ROUNDING * torch.finfo(anchor.dtype).eps
+            length[part] = torch.where(usable, size, torch.zeros_like(size))
+            inverse[part] = torch.where(usable, 1 / size, torch.zeros_like(size))
+            torch.mul(residual, inverse[part, None], out=directions[part])
+            for along, axis in zip(alongs, own, strict=True):
+                along[part] = vecdot(rows, axis)
+        ctx.save_for_backward(directions, length, volume, *alongs)
+        return volume * length
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        directions, length, volume, *alongs = ctx.saved_tensors
+        by_length = (grads[0] * volume)[:, None]
+        by_axes = [directions * (by_length * -along[:, None]) for along in alongs]
+        return directions * by_length, grads[0] * length, *by_axes
 
 
 OBJECTIVE = Gram

@@ -262,7 +262,7 @@ def positive_cosines(embeddings: Embeddings) -> list[Term]:
     """Metrics `positive_cosine/A-B`: mean cosine of matched pairs, always shown: volumes are blind to its sign."""
     terms: list[Term] = []
     for a, b in combinations(embeddings.vectors, 2):
-        values = (embeddings.rows(a).detach() * embeddings.rows(b).detach()).sum(dim=1)
+        values = torch.linalg.vecdot(embeddings.rows(a).detach(), embeddings.rows(b).detach())
         valid = embeddings.mask(a) & embeddings.mask(b)
         terms.append(PerSample(name=f"positive_cosine/{a}-{b}", weight=0.0, values=values, valid=valid))
     return terms
