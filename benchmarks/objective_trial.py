@@ -1,4 +1,4 @@
-"""One cell of `benchmarks.objectives`: steps of one objective at one size, timed in turns, or the memory of one step."""
+"""One cell of `benchmarks.objectives`: steps of an objective at one size, timed in turns, or the memory of one step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.driver_memory import memory_bytes
-from benchmarks.published_objectives import pmrl_losses, volume_loss
+from benchmarks.published_objectives import pmrl_losses, published_decomposition, volume_loss
 from pretrain.objectives import Embeddings, build_objective
+from pretrain.objectives.pmrl import leading_direction
 
 DIM, NAMES = 512, ("text", "video", "audio", "subtitle")
 TEMPERATURE, SMOOTHING, VALUE_TEMPERATURE, CONTRAST_TEMPERATURE = 0.07, 0.1, 0.05, 0.1
@@ -51,6 +52,16 @@ def build_steps(objective: str, vectors: dict[str, Tensor]) -> dict[str, Step]:
         squares = [rows.grad.double().square().sum().item() for rows in vectors.values() if rows.grad is not None]
         return value.item(), math.sqrt(sum(squares))
 
+    if objective == "decomposition":
+
+        def leading(decompose: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Step:
+            def step() -> tuple[float, float]:
+                values, first = decompose(torch.stack(list(vectors.values()), dim=1))
+                return finished(values[:, 0].sum() + first.square().sum(), values.sum())
+
+            return step
+
+        return {"ours": leading(our_decomposition), "published": leading(published_decomposition)}
     if objective == "pmrl":
         pmrl = build_objective("pmrl", value_temperature=VALUE_TEMPERATURE, temperature=CONTRAST_TEMPERATURE)
 
@@ -76,6 +87,11 @@ def build_steps(objective: str, vectors: dict[str, Tensor]) -> dict[str, Step]:
         return finished(loss, loss)
 
     return {"ours": volume_ours, "published": volume_published, "floor": matrix_products(vectors)}
+
+
+def our_decomposition(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values and leading vectors of [B, k, D]."""
+    return leading_direction(matrices, torch.ones_like(matrices[:, :, 0], dtype=torch.bool))
 
 
 def matrix_products(vectors: dict[str, Tensor]) -> Step:

@@ -1,8 +1,8 @@
 """GRAM and PMRL evaluated in the manner of their published code: what `benchmarks.objectives` compares with.
 
-Written from the formulas. Volumes: a [B, B, k, k] tensor of Gram matrices, `torch.det`, once for each direction. PMRL: a
-full singular value decomposition of [B, D, k]. Gradients flow through everything (GRAM's own training stops them at its
-gather), so that value and gradient can be compared.
+Written from the formulas. Volumes: a [B, B, k, k] tensor of Gram matrices, `torch.det`, once for each direction. PMRL:
+a full singular value decomposition of [B, D, k]. Gradients flow through everything (GRAM's own training stops them at
+its gather), so that value and gradient can be compared.
 """
 
 from __future__ import annotations
@@ -36,10 +36,15 @@ def volume_loss(vectors: list[Tensor], temperature: Tensor, smoothing: float) ->
     ) / 2
 
 
+def published_decomposition(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, and leading left vectors with their signs as they come, of [B, k, D]."""
+    left, values, _ = torch.linalg.svd(matrices.transpose(1, 2), full_matrices=True)
+    return values, left[:, :, 0]
+
+
 def pmrl_losses(vectors: list[Tensor], value_temperature: float, temperature: float) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the singular values for the first, and of leading left vectors, with their signs as they come."""
-    left, values, _ = torch.linalg.svd(torch.stack(vectors, dim=2), full_matrices=True)
+    """Cross entropy of the singular values for the first, and of leading left vectors, signs as they come."""
+    values, leading = published_decomposition(torch.stack(vectors, dim=1))
     first = torch.zeros(len(values), dtype=torch.long, device=values.device)
-    leading = left[:, :, 0]
     target = torch.arange(len(leading), device=leading.device)
     return cross_entropy(values / value_temperature, first), cross_entropy(leading @ leading.T / temperature, target)

@@ -97,7 +97,7 @@ def _shared_shift(scores: Tensor) -> Tensor | None:
 class SideGradients:
     """What the gradient of a score takes from its row (dim 1), or from its column (dim 0); all [size].
 
-    The gradient is exp(score - shift) * share + by_sum + sigmoid(score) * by_softplus_sum, over what is wanted.
+    The gradient is exp(score - shift) * share + by_sum + sigmoid(score) * by_softplus_sum; what is not wanted is zeros.
     """
 
     wanted: frozenset[Statistic]
@@ -110,16 +110,17 @@ class SideGradients:
     @classmethod
     def of(cls, side: SideStatistics, by_log_sum: Tensor, by_sum: Tensor, by_softplus_sum: Tensor) -> SideGradients:
         """From the gradients of log_sum, sum and softplus_sum."""
-        share = torch.zeros_like(side.sum_exp)
+        nothing = torch.zeros_like(side.sum_exp)
+        share = nothing
         if "log_sum_exp" in side.wanted:
-            share = torch.where(side.sum_exp > 0, by_log_sum / side.sum_exp, share)
+            share = torch.where(side.sum_exp > 0, by_log_sum / side.sum_exp, nothing)
         return cls(
             wanted=side.wanted,
             dim=side.dim,
             shift=_finite(side.shift),
             share=share,
-            by_sum=by_sum,
-            by_softplus_sum=by_softplus_sum,
+            by_sum=by_sum if "sum" in side.wanted else nothing,
+            by_softplus_sum=by_softplus_sum if "softplus_sum" in side.wanted else nothing,
         )
 
 

@@ -12,11 +12,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from pretrain.kernels.triton_blocks import add_product_kernel, gradient_kernel, statistics_kernel
 from pretrain.objectives.scores import CosineScore, Rows, Sums, VolumeScore, axis_names
 from pretrain.pair_grid import PairGrid, Tile
 from pretrain.side_statistics import SideGradients, SideStatistics
+
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,7 @@ class FusedTiles:
             vectors = [
                 vector[part].contiguous()
                 for side, part in zip(sides, (tile.rows, tile.columns), strict=True)
-                for vector in (side.shift, side.share, side.by_sum if "sum" in side.wanted else side.by_sum * 0)
+                for vector in (side.shift, side.share, side.by_sum)
             ]
             self._launch(gradient_kernel, grid, inputs, (*vectors, products, slopes, of_rows, of_columns))
             totals = _part(row_sums, tile.rows), _part(column_sums, tile.columns), scalar_sums
@@ -117,27 +120,26 @@ class FusedTiles:
             else:
                 _add_cosine_parts(totals[2], along_rows, along_columns)
                 by_product, left_sum, right_sums = slopes[None], totals[0]["left"], [totals[1]["right"]]
-            bfloat16 = _bfloat16(grid)
-            for grad, right, right_sum in zip(by_product, inputs.right, right_sums, strict=True):
+            score = _score(grid)
+            for grad, right, right_sum in zip(score.factor(by_product), inputs.right, right_sums, strict=True):
                 if left_sum is not None:
-                    self._add_product(left_sum, grad, right, bfloat16)
+                    self._add_product(left_sum, grad, right, _bfloat16(score))
                 if right_sum is not None:
-                    self._add_product(right_sum, grad.T, inputs.left, bfloat16)
+                    self._add_product(right_sum, grad.T, inputs.left, _bfloat16(score))
 
     def _tiles(self, grid: PairGrid) -> Iterator[Tile]:
         return replace(grid, pairs=replace(grid.pairs, tile=self.tile), has_repeats=False).tiles()
 
     def _launch(self, kernel: object, grid: PairGrid, inputs: TileInputs, outputs: tuple[Tensor, ...]) -> None:
-        score = grid.pairs.score
-        assert isinstance(score, VolumeScore | CosineScore)
+        score = _score(grid)
         num_axes, num_columns, dim = inputs.right.shape
         num_rows = len(inputs.left)
         blocks = self.score_blocks.counts(num_rows, num_columns)
         volume = isinstance(score, VolumeScore)
+        floor = score.floor(torch.float32) if isinstance(score, VolumeScore) else 0.0
         kernel[(blocks[0] * blocks[1],)](  # type: ignore[index]
-            *inputs.tensors, *outputs, num_rows, num_columns, dim,
-            score.floor(torch.float32) if isinstance(score, VolumeScore) else 0.0, *blocks,
-            NUM_AXES=num_axes if volume else 0, BFLOAT16=_bfloat16(grid), **vars(self.score_blocks), num_warps=8,
+            *inputs.tensors, *outputs, num_rows, num_columns, dim, floor, *blocks,
+            NUM_AXES=num_axes if volume else 0, BFLOAT16=_bfloat16(score), **vars(self.score_blocks), **LAUNCH,
         )  # fmt: skip
 
     def _add_product(self, total: Tensor, left: Tensor, right: Tensor, bfloat16: bool) -> None:
@@ -146,21 +148,27 @@ class FusedTiles:
         blocks = self.product_blocks.counts(rows, columns)
         add_product_kernel[(blocks[0] * blocks[1],)](
             total, left, right, rows, columns, left.shape[1], *left.stride(), *right.stride(), *blocks,
-            BFLOAT16=bfloat16, **vars(self.product_blocks), num_warps=8,
+            BFLOAT16=bfloat16, **vars(self.product_blocks), **LAUNCH,
         )  # fmt: skip
 
 
-def _bfloat16(grid: PairGrid) -> bool:
-    score = grid.pairs.score
-    assert isinstance(score, VolumeScore | CosineScore)
-    return score.negatives_precision == "bfloat16"
+def _score(grid: PairGrid) -> VolumeScore | CosineScore:
+    assert isinstance(grid.pairs.score, VolumeScore | CosineScore)
+    return grid.pairs.score
+
+
+def _bfloat16(score: VolumeScore | CosineScore) -> bool:
+    """Whether products are those of bfloat16 units. Factors are rounded before, so this changes speed alone; Triton's
+    interpreter reads the bits of a bfloat16 factor as an integer."""
+    return score.negatives_precision == "bfloat16" and not knobs.runtime.interpret
 
 
 def _tile_inputs(grid: PairGrid, tile: Tile, rows: Rows, columns: Rows, scalars: Rows) -> TileInputs:
     nobody = grid.items.new_full((), -1)
     row_items = torch.where(grid.pairs.valid[tile.rows], grid.items[grid.own][tile.rows], nobody)
     column_items = torch.where(grid.column_valid[tile.columns], grid.items[tile.columns], nobody)
-    if isinstance(grid.pairs.score, VolumeScore):
+    score = _score(grid)
+    if isinstance(score, VolumeScore):
         left, square = rows["anchor"], rows["square"]
         right = torch.stack([columns[name] for name in axis_names(columns)])
         weight = columns["volume"] * scalars["scale"]
@@ -171,9 +179,9 @@ def _tile_inputs(grid: PairGrid, tile: Tile, rows: Rows, columns: Rows, scalars:
         weight = scalars["scale"].expand(right.shape[1])
         bias = scalars["bias"].expand_as(weight) if "bias" in scalars else torch.zeros_like(weight)
     return TileInputs(
-        left=left.contiguous(),
+        left=score.factor(left).contiguous(),
         square=square.contiguous(),
-        right=right.contiguous(),
+        right=score.factor(right).contiguous(),
         weight=weight.contiguous(),
         bias=bias.contiguous(),
         row_items=row_items,

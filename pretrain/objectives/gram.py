@@ -68,7 +68,7 @@ class Gram(Objective):
                 matched=-matched * scale,
                 valid=valid,
                 ids=embeddings.sample_ids(),
-                score=VolumeScore(),
+                score=VolumeScore(kernel=self.gram.kernel, negatives_precision=self.gram.negatives_precision),
                 tile=self.gram.tile,
             ),
             label_smoothing=self.gram.label_smoothing,

@@ -16,7 +16,7 @@ from torch.linalg import vecdot
 Vectors = Float[Tensor, "samples dim"]
 PerTuple = Float[Tensor, " samples"]
 ROUNDING = 16  # units of it: a shorter residual has no direction
-BLOCK = 128  # rows
+BLOCK = 256  # rows
 
 
 def orthonormal_axes(

@@ -57,10 +57,11 @@ class Infonce(Objective):
         scalars: dict[str, Tensor],
     ) -> CrossEntropy:
         scale = 1 / self.temperature(scalars, left[0])
+        score = CosineScore(kernel=self.infonce.kernel, negatives_precision=self.infonce.negatives_precision)
         return CrossEntropy(
             name=f"infonce/{place}",
             weight=1.0,
-            pairs=cosine_pairs(embeddings, left, right, {"scale": scale}, self.infonce.tile),
+            pairs=cosine_pairs(embeddings, left, right, {"scale": scale}, self.infonce.tile, score),
             label_smoothing=self.infonce.label_smoothing,
         )
 
@@ -71,6 +72,7 @@ def cosine_pairs(
     right: tuple[Vectors, Mask],
     scalars: dict[str, Tensor],
     tile: int,
+    score: CosineScore = CosineScore(),
 ) -> Pairs:
     """Every left vector against every right one: <left_i, right_j> * scale + bias, of the samples that have both.
 
@@ -83,7 +85,7 @@ def cosine_pairs(
         matched=(left[0] * right[0]).sum(dim=1) * scalars["scale"] + scalars.get("bias", 0.0),
         valid=left[1] & right[1],
         ids=embeddings.sample_ids(),
-        score=CosineScore(),
+        score=score,
         tile=tile,
     )
 
