@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.machine import describe_machine
 
 MIB, GIB = 1 << 20, 1 << 30
+READING = "## Reading them"
 # What the published manner takes, rounded up from the smaller sizes: volumes a pair by k, a decomposition a sample.
 PAIR_BYTES, SAMPLE_BYTES = {3: 480, 4: 640}, 2_600_000
 
@@ -30,16 +31,21 @@ PAIR_BYTES, SAMPLE_BYTES = {3: 480, 4: 640}, 2_600_000
 def main() -> None:
     """Measure all cells; print the tables, and with --write put them into a page."""
     options = parse_options()
-    results = []
-    for objective in options.objectives:
-        for modalities in options.modalities:
-            for size in options.sizes:
+    results: list[dict[str, Any]] = []
+    for size in options.sizes:
+        for objective in options.objectives:
+            for modalities in options.modalities:
                 results.append(measure(objective, modalities, size, options))
                 print(json.dumps(results[-1]), flush=True)
-    page = report(results, options)
-    print(page)
-    if options.write:
-        options.write.write_text(page)
+                if options.write:
+                    write_page(options.write, report(results, options))
+    print(report(results, options))
+
+
+def write_page(page: Path, tables: str) -> None:
+    """Put the tables in place of those that the page has; what was written by hand below them stays."""
+    _, mark, reading = page.read_text().partition(READING) if page.exists() else ("", "", "")
+    page.write_text(tables + (f"\n{mark}{reading}" if mark else ""))
 
 
 def parse_options() -> argparse.Namespace:
@@ -115,7 +121,7 @@ def report(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
         lines += ["", f"## {objective}", ""]
         columns = ["k", "B", "ours s", "published / ours", "ours / floor", "ours MiB", "published MiB", "memory ratio"]
         lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        lines += [table_row(cell) for cell in here]
+        lines += [table_row(cell) for cell in sorted(here, key=lambda cell: (cell["modalities"], cell["size"]))]
     return "\n".join(lines) + "\n"
 
 

@@ -39,11 +39,11 @@ def test_the_kernel_equals_the_tiles_it_replaces(tmp_path: Path, size: int) -> N
             num_pairs = math.comb(CASES[label]["modalities"], 2) if CASES[label]["name"] == "infonce" else 1
             num_tiles = math.ceil(COUNT / size / 25) * math.ceil(COUNT / 25)
             assert found["num_fused"] == 2 * num_tiles * num_pairs, label  # forward and backward
-            for part in ("loss", "vectors", "scalars"):
+            for part, bound in (("loss", 5e-6), ("vectors", 5e-6), ("scalars", 2e-5)):  # the last sums up what cancels
                 assert all(map(math.isfinite, found["fused"][part])), (label, part)
-                assert difference(found["fused"][part], found["tiles"][part]) < 5e-6, (label, part)
+                assert difference(found["fused"][part], found["tiles"][part]) < bound, (label, part)
                 if "bfloat16" not in label:
-                    assert difference(found["fused"][part], found["double"][part]) < 5e-6, (label, part)
+                    assert difference(found["fused"][part], found["double"][part]) < bound, (label, part)
             assert any(found["fused"]["vectors"]), label
 
 
