@@ -20,12 +20,20 @@ class ObjectiveOptions(Settings):
     """What all objectives share."""
 
     weight: float = 1.0  # factor of this objective in the sum
-    tile: PositiveInt = 1024  # rows and columns scored at once; never changes the result
+    tile: PositiveInt = 512  # rows and columns scored at once; never changes the result; 512: benchmarks/objectives.md
 
     @property
     def views(self) -> frozenset[str]:
         """Further embeddings of each sample that the objective wants: "augmented", "independent"."""
         return frozenset()
+
+
+class KernelOptions(ObjectiveOptions):
+    """Where scores of pairs may be computed by a fused kernel on a GPU, and how precisely."""
+
+    kernel: Literal["auto", "off"] = "auto"  # auto: on CUDA with Triton, in single precision; off: PyTorch
+    # Of the factors in the matrix products of pairs of two samples; matched pairs stay as they are.
+    negatives_precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class TemperatureOptions(ObjectiveOptions):
@@ -60,7 +68,7 @@ class PairOptions(ObjectiveOptions):
         return self
 
 
-class GramOptions(TemperatureOptions):
+class GramOptions(TemperatureOptions, KernelOptions):
     """GRAM (arXiv 2412.11959)."""
 
     name: Literal["gram"] = "gram"
@@ -77,7 +85,7 @@ class TriangleOptions(TemperatureOptions):
     label_smoothing: Smoothing = 0.1  # official code
 
 
-class InfonceOptions(TemperatureOptions, PairOptions):
+class InfonceOptions(TemperatureOptions, PairOptions, KernelOptions):
     """InfoNCE / CLIP between modalities (arXiv 2103.00020); with `anchor`, fixed-anchor binding (arXiv 2305.05665)."""
 
     name: Literal["infonce"] = "infonce"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,20 +12,46 @@ from torch import Tensor
 from pretrain.collectives import World
 from pretrain.objectives.terms import Pairs, Rows
 
+Value = TypeVar("Value")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """rows: of the local samples; columns: of the global batch; ragged: whether some of each are not valid.
+    """rows: of the local samples; columns: of the global batch.
 
-    excluded [r, c]: pairs that do not count among those of two samples, so also the matched ones; None: all count.
-    matched: the part of the tile whose diagonal holds matched pairs, as rows and columns of the tile.
+    row_valid [r], column_valid [c]: None where all are. matched: the part of the tile whose diagonal holds matched
+    pairs, as rows and columns of the tile. repeated: row and column of each further pair of two samples of one item.
+    Pairs of invalid samples, matched pairs and those of one item are excluded: they do not count among the pairs of two
+    samples.
     """
 
     rows: slice
     columns: slice
-    ragged: tuple[bool, bool]
-    excluded: Tensor | None
+    row_valid: Tensor | None
+    column_valid: Tensor | None
     matched: tuple[slice, slice] | None
+    repeated: tuple[Tensor, Tensor] | None
+
+    @property
+    def counts_all(self) -> bool:
+        """Whether no pair is excluded."""
+        return all(part is None for part in (self.row_valid, self.column_valid, self.matched, self.repeated))
+
+    def zero_excluded_(self, values: Tensor) -> Tensor:
+        """Put 0 in place of the excluded ones of finite values [r, c]."""
+        if self.matched is not None:
+            values[self.matched].diagonal().zero_()
+        if self.repeated is not None:
+            values[self.repeated] = 0
+        if self.row_valid is not None:
+            values *= self.row_valid[:, None].to(values.dtype)
+        if self.column_valid is not None:
+            values *= self.column_valid.to(values.dtype)
+        return values
+
+    def excluded(self, like: Tensor) -> Tensor:
+        """Bool [r, c] for values [r, c]."""
+        return self.zero_excluded_(torch.ones_like(like, dtype=torch.float32)) == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +59,7 @@ class PairGrid:
     """Local rows against global columns.
 
     own: the columns whose rows are local. items [N]: number of the item a sample is of; item_sizes [items]: how many
-    valid samples an item has.
+    valid samples an item has; has_repeats: whether one has several.
     """
 
     pairs: Pairs
@@ -40,6 +67,7 @@ class PairGrid:
     column_valid: Tensor
     items: Tensor
     item_sizes: Tensor
+    has_repeats: bool
 
     @classmethod
     def over(cls, pairs: Pairs, world: World) -> PairGrid:
@@ -48,12 +76,14 @@ class PairGrid:
         known, index = ids.unique(return_inverse=True)
         alone = ids == -1
         used, items = torch.where(alone, len(known) + alone.cumsum(0), index).unique(return_inverse=True)
+        item_sizes = items.new_zeros(len(used)).index_add(0, items, valid.to(items.dtype))
         return cls(
             pairs=pairs,
             own=slice(world.rank * len(pairs.valid), (world.rank + 1) * len(pairs.valid)),
             column_valid=valid,
             items=items.to(torch.int32),
-            item_sizes=items.new_zeros(len(used)).index_add(0, items, valid.to(items.dtype)),
+            item_sizes=item_sizes,
+            has_repeats=bool((item_sizes > 1).any()),
         )
 
     @property
@@ -67,10 +97,10 @@ class PairGrid:
         others = self.num_valid - self.item_sizes[self.items[self.own]]
         return torch.where(self.pairs.valid, others, torch.zeros_like(others))
 
-    def unpack(self, tensors: Sequence[Tensor]) -> tuple[Rows, Rows, Rows]:
+    def unpack(self, values: Sequence[Value]) -> tuple[dict[str, Value], dict[str, Value], dict[str, Value]]:
         """Rows, columns, scalars by name."""
         names = [*self.pairs.rows], [*self.pairs.columns], [*self.pairs.scalars]
-        rest = iter(tensors)
+        rest = iter(values)
         rows, columns, scalars = ({name: next(rest) for name in group} for group in names)
         return rows, columns, scalars
 
@@ -78,38 +108,45 @@ class PairGrid:
         """All tiles, row by row."""
         valid, column_valid = self.pairs.valid, self.column_valid
         row_parts, column_parts = _parts(valid, self.pairs.tile), _parts(column_valid, self.pairs.tile)
-        for rows, ragged_rows in row_parts:
-            for columns, ragged_columns in column_parts:
-                yield self._tile(rows, columns, (ragged_rows, ragged_columns))
+        for rows, rows_valid in row_parts:
+            for columns, columns_valid in column_parts:
+                yield self._tile(rows, columns, (rows_valid, columns_valid))
 
-    def _tile(self, rows: slice, columns: slice, ragged: tuple[bool, bool]) -> Tile:
+    def _tile(self, rows: slice, columns: slice, all_valid: tuple[bool, bool]) -> Tile:
         start = max(rows.start + self.own.start, columns.start)
         length = min(rows.stop + self.own.start, columns.stop) - start
-        matched, excluded = None, None
+        matched = None
         if length > 0:
             row, column = start - self.own.start - rows.start, start - columns.start
             matched = slice(row, row + length), slice(column, column + length)
-        if matched is not None or len(self.item_sizes) < len(self.items):
-            excluded = self.items[self.own][rows, None] == self.items[None, columns]
-        if any(ragged):
-            invalid = ~(self.pairs.valid[rows, None] & self.column_valid[None, columns])
-            excluded = invalid if excluded is None else excluded | invalid
-        return Tile(rows=rows, columns=columns, ragged=ragged, excluded=excluded, matched=matched)
+        return Tile(
+            rows=rows,
+            columns=columns,
+            row_valid=None if all_valid[0] else self.pairs.valid[rows],
+            column_valid=None if all_valid[1] else self.column_valid[columns],
+            matched=matched,
+            repeated=self._repeated(rows, columns) if self.has_repeats else None,
+        )
+
+    def _repeated(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor] | None:
+        row_items, column_items = self.items[self.own][rows], self.items[columns]
+        some_rows = (self.item_sizes[row_items] > 1).nonzero().flatten()
+        some_columns = (self.item_sizes[column_items] > 1).nonzero().flatten()
+        row, column = (row_items[some_rows, None] == column_items[None, some_columns]).nonzero().unbind(1)
+        return (some_rows[row], some_columns[column]) if len(row) else None
 
     def cut(self, tile: Tile, rows: Rows, columns: Rows) -> tuple[Rows, Rows]:
         """The tile's rows and columns, zeros where they are not valid."""
-        row_valid = self.pairs.valid[tile.rows] if tile.ragged[0] else None
-        column_valid = self.column_valid[tile.columns] if tile.ragged[1] else None
         return (
-            {name: _zero_unless(row_valid, tensor[tile.rows]) for name, tensor in rows.items()},
-            {name: _zero_unless(column_valid, tensor[tile.columns]) for name, tensor in columns.items()},
+            {name: _zero_unless(tile.row_valid, tensor[tile.rows]) for name, tensor in rows.items()},
+            {name: _zero_unless(tile.column_valid, tensor[tile.columns]) for name, tensor in columns.items()},
         )
 
 
 def _parts(valid: Tensor, size: int) -> list[tuple[slice, bool]]:
-    """Consecutive parts of at most `size` samples, and whether a sample of them is not valid."""
+    """Consecutive parts of at most `size` samples, and whether all of them are valid."""
     slices = [slice(start, min(start + size, len(valid))) for start in range(0, len(valid), size)]
-    return [(part, not valid[part].all()) for part in slices]
+    return [(part, bool(valid[part].all())) for part in slices]
 
 
 def _zero_unless(valid: Tensor | None, tensor: Tensor) -> Tensor:

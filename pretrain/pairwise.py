@@ -24,7 +24,8 @@ from pretrain.objectives.terms import (
     TermSum,
     TupleCrossEntropy,
 )
-from pretrain.pair_statistics import SOFTPLUS_LINEAR_FROM, PairStatistics, SideStatistics, Statistic, pair_statistics
+from pretrain.pair_statistics import OneSide, PairStatistics, pair_statistics
+from pretrain.side_statistics import SOFTPLUS_LINEAR_FROM, Statistic
 from pretrain.tuples import tuple_cross_entropy
 
 
@@ -109,7 +110,7 @@ def _cross_entropy(term: CrossEntropy, world: World) -> tuple[Tensor, Tensor]:
     return _masked_sum(values, term.pairs.valid) / count.clamp_min(1), count
 
 
-def _cross_entropies(statistics: PairStatistics, side: SideStatistics, smoothing: float) -> Tensor:
+def _cross_entropies(statistics: PairStatistics, side: OneSide, smoothing: float) -> Tensor:
     """[n]: log(1 + sum_j exp(s_j - s_i)) + smoothing * (s_i - mean s), which no size of the scores can spoil."""
     matched, count = statistics.matched, statistics.num_others
     values = softplus(side.shift - matched + side.log_sum, threshold=SOFTPLUS_LINEAR_FROM)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from data_pipeline.settings import UserError
 from pretrain.collectives import World
 from pretrain.objectives.terms import TupleCrossEntropy
-from pretrain.pair_statistics import SOFTPLUS_LINEAR_FROM
+from pretrain.side_statistics import SOFTPLUS_LINEAR_FROM
 
 
 def tuple_cross_entropy(term: TupleCrossEntropy, world: World) -> tuple[Tensor, Tensor]:

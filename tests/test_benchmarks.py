@@ -13,6 +13,8 @@ from benchmarks.loaders.contender import Collation, Setting
 from benchmarks.loaders.ours import Parallelotope
 from benchmarks.loading import check_tensors, losses
 from benchmarks.loading_trial import epoch, first_tensors
+from benchmarks.objective_trial import build_steps, draw_vectors
+from benchmarks.objectives import READING, write_page
 from benchmarks.saved_tensors import SavedBytes
 
 
@@ -59,3 +61,22 @@ def test_all_loaders_decode_as_ours_does_and_ours_resumes(tmp_path: Path) -> Non
     stopped = [epoch(Parallelotope, setting, {"state": None, "stop_after": 1})]
     rest = [epoch(Parallelotope, setting, {"state": stopped[0]["state"], "stop_after": None})]
     assert losses([stopped, rest], whole, 5) == "0 / 0, same batches"
+
+
+@pytest.mark.parametrize("objective", ["gram", "pmrl", "decomposition"])
+def test_the_published_manner_finds_what_ours_finds(objective: str) -> None:
+    steps = build_steps(objective, draw_vectors(24, 4, "cpu"))
+    ours, published = steps["ours"](), steps["published"]()
+    # Singular values far apart: the published softmax loses digits of a loss of 1e-4.
+    assert ours[0] == pytest.approx(published[0], rel=1e-5, abs=1e-6)
+    if objective != "pmrl":  # its contrast depends on the signs that the decomposition happens to return
+        assert ours[1] == pytest.approx(published[1], rel=1e-4)
+
+
+def test_a_page_keeps_what_was_written_below_its_tables(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    write_page(page, "old\n")
+    page.write_text(page.read_text() + f"\n{READING}\n\nBy hand.\n")
+    write_page(page, "new\n")
+    write_page(page, "newer\n")
+    assert page.read_text() == f"newer\n\n{READING}\n\nBy hand.\n"

@@ -291,6 +291,26 @@ def test_scores_far_apart_give_finite_losses() -> None:
             assert math.isclose(result.metrics["loss"].item(), expected.item(), rel_tol=1e-5), kind
 
 
+@pytest.mark.parametrize("tile", [1, 3, 16])
+def test_excluded_scores_far_above_the_others_do_not_hide_them(tile: int) -> None:
+    """Matched scores of 0 and others of -150, whose exponentials vanish beside exp(0) in single precision."""
+    whole = torch.full((16, 16), -150.0).fill_diagonal_(0.0).requires_grad_()
+    pairs = Pairs(
+        rows={"scores": whole},
+        columns={"index": torch.arange(16)},
+        scalars={},
+        score=lambda rows, columns, _: rows["scores"][:, columns["index"]],
+        valid=torch.ones(16, dtype=torch.bool),
+        ids=torch.arange(16),
+        tile=tile,
+    )
+    term = LogMeanExp(name="t", weight=1.0, pairs=(pairs,), over="rows", matched=False)
+    loss = evaluate_terms([term]).local_loss
+    assert math.isclose(loss.item(), -150.0, rel_tol=1e-6)
+    expected = (torch.ones(16, 16) - torch.eye(16)) / (16 * 15)
+    assert torch.allclose(torch.autograd.grad(loss, whole)[0], expected, rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_score_that_is_no_number_is_not_hidden(kind: str) -> None:
     values = {name: value.detach().clone() for name, value in inputs(6, seed=10).items()}

@@ -48,16 +48,16 @@ class Embeddings:
 
     def mask(self, modality: str) -> Bool[Tensor, " samples"]:
         """Which rows of `modality` count: present, and not all zero (a zero row has no direction)."""
-        vectors = self.vectors[modality]
-        nonzero = (vectors.detach() != 0).any(dim=1)
+        vectors = self.vectors[modality].detach()
+        nonzero = (vectors.amax(dim=1) != 0) | (vectors.amin(dim=1) != 0)  # also where one is no number
         return nonzero if self.present is None else nonzero & self.present[modality]
 
     def rows(self, modality: str) -> Float[Tensor, "samples dim"]:
         """Vectors with zeros where they do not count: nothing behind a false mask, NaN included, has an effect."""
-        vectors = self.vectors[modality]
-        return torch.where(
-            self.mask(modality)[:, None], vectors, torch.zeros((), dtype=vectors.dtype, device=vectors.device)
-        )
+        vectors, mask = self.vectors[modality], self.mask(modality)
+        if mask.all():
+            return vectors
+        return torch.where(mask[:, None], vectors, torch.zeros((), dtype=vectors.dtype, device=vectors.device))
 
     def view(self, name: str, wanted_by: str) -> Embeddings:
         """Further embeddings of the same samples.

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+from torch.linalg import vecdot
 
 from data_pipeline.settings import UserError
 from pretrain.objective_config import GramOptions
 from pretrain.objectives.embeddings import Embeddings
-from pretrain.objectives.gram_schmidt import PerTuple, Vectors, orthonormal_axes, without
+from pretrain.objectives.gram_schmidt import ROUNDING, PerTuple, Vectors, orthonormal_axes, row_blocks, without
 from pretrain.objectives.modalities import orientation, others_of
-from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Rows, Term
+from pretrain.objectives.scores import VolumeScore
+from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Term
 
 
 class Gram(Objective):
@@ -61,13 +62,13 @@ class Gram(Objective):
             name="gram",
             weight=1.0,
             pairs=Pairs(
-                rows={"anchor": anchor},
+                rows={"anchor": anchor, "square": vecdot(anchor, anchor)},
                 columns={"volume": volume, **{f"axis {m}": axis for m, axis in enumerate(axes)}},
                 scalars={"scale": scale},
                 matched=-matched * scale,
                 valid=valid,
                 ids=embeddings.sample_ids(),
-                score=volume_logits,
+                score=VolumeScore(kernel=self.gram.kernel, negatives_precision=self.gram.negatives_precision),
                 tile=self.gram.tile,
             ),
             label_smoothing=self.gram.label_smoothing,
@@ -92,46 +93,35 @@ def matched_volumes(anchor: Vectors, axes: Sequence[Vectors], volume: PerTuple) 
 
     The derivative of |r| is r/|r| with respect to a, and -<a, q> r/|r| with respect to an axis q; 0 where r is 0.
     """
-    with torch.no_grad():
-        residual = without(without(anchor, axes), axes)
-        squared = residual.square().sum(dim=1)
-        usable = squared > (16 * torch.finfo(anchor.dtype).eps) ** 2
-        length = torch.where(usable, squared, torch.zeros_like(squared)).sqrt()
-        direction = torch.where(usable[:, None], residual / length[:, None], torch.zeros_like(residual))
-        alongs = [(anchor * axis).sum(dim=1) for axis in axes]
-    linear = (direction * anchor).sum(dim=1)
-    for axis, along in zip(axes, alongs, strict=True):
-        linear = linear - along * (direction * axis).sum(dim=1)
-    return volume * (length + (linear - linear.detach()))
+    volumes = _MatchedVolumes.apply(anchor, volume, *axes)
+    assert isinstance(volumes, Tensor)
+    return volumes
 
 
-def volume_logits(rows: Rows, columns: Rows, scalars: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
-    """-V_ij / temperature: one matrix product an axis, then a sum of squares."""
-    anchor = rows["anchor"]
-    products = [anchor @ axis.T for name, axis in columns.items() if name != "volume"]
-    distances = _Distances.apply(anchor.square().sum(dim=1, keepdim=True), *products)
-    return distances * (columns["volume"] * -scalars["scale"])
-
-
-class _Distances(torch.autograd.Function):
-    """sqrt(s_i - sum_m p^m_ij^2) of s [r, 1] and products p^m [r, c]; 0, as is its gradient, below rounding."""
-
+class _MatchedVolumes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, squares: Tensor, *products: Tensor) -> Tensor:
-        distances = squares - products[0].square()
-        for product in products[1:]:
-            distances.addcmul_(product, product, value=-1)
-        distances = torch.threshold_(distances, 4 * torch.finfo(distances.dtype).eps, 0.0).sqrt_()
-        ctx.save_for_backward(distances, *products)
-        return distances
+    def forward(ctx: Any, anchor: Tensor, volume: Tensor, *axes: Tensor) -> Tensor:
+        length, inverse, *alongs = anchor.new_empty(2 + len(axes), len(anchor))
+        directions = torch.empty_like(anchor)
+        for part in row_blocks(anchor):
+            rows, own = anchor[part], [axis[part] for axis in axes]
+            residual = without(without(rows, own), own)
+            size = torch.linalg.vector_norm(residual, dim=1)
+            usable = size > ROUNDING * torch.finfo(anchor.dtype).eps
+            length[part] = torch.where(usable, size, torch.zeros_like(size))
+            inverse[part] = torch.where(usable, 1 / size, torch.zeros_like(size))
+            torch.mul(residual, inverse[part, None], out=directions[part])
+            for along, axis in zip(alongs, own, strict=True):
+                along[part] = vecdot(rows, axis)
+        ctx.save_for_backward(directions, length, volume, *alongs)
+        return volume * length
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        distances, *products = ctx.saved_tensors
-        slope = (grads[0] / distances).masked_fill_(distances == 0, 0.0)
-        by_square = slope.sum(dim=1, keepdim=True) / 2
-        slope.neg_()
-        return by_square, *(slope * product for product in products)
+        directions, length, volume, *alongs = ctx.saved_tensors
+        by_length = (grads[0] * volume)[:, None]
+        by_axes = [directions * (by_length * -along[:, None]) for along in alongs]
+        return directions * by_length, grads[0] * length, *by_axes
 
 
 OBJECTIVE = Gram

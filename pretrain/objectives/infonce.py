@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jaxtyping import Float
 from torch import Tensor
 
 from pretrain.objective_config import InfonceOptions
 from pretrain.objectives.embeddings import Embeddings
 from pretrain.objectives.modalities import Mask, Vectors, modality_pairs, side
-from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, Rows, Term
+from pretrain.objectives.scores import CosineScore
+from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, Term
 
 
 class Infonce(Objective):
@@ -57,10 +57,11 @@ class Infonce(Objective):
         scalars: dict[str, Tensor],
     ) -> CrossEntropy:
         scale = 1 / self.temperature(scalars, left[0])
+        score = CosineScore(kernel=self.infonce.kernel, negatives_precision=self.infonce.negatives_precision)
         return CrossEntropy(
             name=f"infonce/{place}",
             weight=1.0,
-            pairs=cosine_pairs(embeddings, left, right, {"scale": scale}, self.infonce.tile),
+            pairs=cosine_pairs(embeddings, left, right, {"scale": scale}, self.infonce.tile, score),
             label_smoothing=self.infonce.label_smoothing,
         )
 
@@ -71,6 +72,7 @@ def cosine_pairs(
     right: tuple[Vectors, Mask],
     scalars: dict[str, Tensor],
     tile: int,
+    score: CosineScore = CosineScore(),
 ) -> Pairs:
     """Every left vector against every right one: <left_i, right_j> * scale + bias, of the samples that have both.
 
@@ -83,15 +85,9 @@ def cosine_pairs(
         matched=(left[0] * right[0]).sum(dim=1) * scalars["scale"] + scalars.get("bias", 0.0),
         valid=left[1] & right[1],
         ids=embeddings.sample_ids(),
-        score=cosine_logits,
+        score=score,
         tile=tile,
     )
-
-
-def cosine_logits(rows: Rows, columns: Rows, scalars: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
-    """<left_i, right_j> * scale, and + bias where there is one."""
-    logits = rows["left"] @ columns["right"].T * scalars["scale"]
-    return logits + scalars["bias"] if "bias" in scalars else logits
 
 
 OBJECTIVE = Infonce

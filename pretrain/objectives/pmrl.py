@@ -18,8 +18,10 @@ from torch import Tensor
 from data_pipeline.settings import UserError
 from pretrain.objective_config import PmrlOptions
 from pretrain.objectives.embeddings import Embeddings
+from pretrain.objectives.gram_schmidt import ROUNDING, row_blocks
 from pretrain.objectives.modalities import orientation, others_of
-from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Rows, Term
+from pretrain.objectives.scores import CosineScore, Rows
+from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Term
 
 Matrices = Float[Tensor, "samples modalities dim"]  # row m: modality m; rows of zeros: missing
 GAP = 1e-6  # of s_1^2: below it u_1 has no derivative with respect to a turn towards u_j
@@ -65,13 +67,13 @@ class Pmrl(Objective):
                 name="pmrl/contrast",
                 weight=options.weights.contrast,
                 pairs=Pairs(
-                    rows={"leading": leading},
-                    columns={"leading": leading},
+                    rows={"left": leading},
+                    columns={"right": leading},
                     scalars={"scale": leading.new_tensor([1 / options.temperature])},
                     matched=leading.square().sum(dim=1) / options.temperature,
                     valid=valid,
                     ids=embeddings.sample_ids(),
-                    score=leading_logits if options.sign == "anchor" else sign_free_logits,
+                    score=CosineScore() if options.sign == "anchor" else sign_free_logits,
                     tile=options.tile,
                 ),
                 label_smoothing=options.label_smoothing,
@@ -113,38 +115,53 @@ class _LeadingDirection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrices: Tensor) -> tuple[Tensor, Tensor]:
-        gram = matrices @ matrices.transpose(1, 2)
-        _, vectors = torch.linalg.eigh(gram)
-        vectors = vectors.flip(-1)  # descending: v_m in column m
-        products = vectors.transpose(1, 2) @ matrices  # row m: s_m u_m
-        values = products.norm(dim=2)
-        values, order = values.sort(dim=1, descending=True)  # equal ones may have come out of order by rounding
-        products = products.gather(1, order[:, :, None].expand_as(products))
-        vectors = vectors.gather(2, order[:, None, :].expand_as(vectors))
-        usable = values > 16 * torch.finfo(values.dtype).eps
-        left = torch.where(usable[:, :, None], products / torch.where(usable, values, 1)[:, :, None], 0)
-        sign = _signs(vectors[:, :, 0])
-        left, vectors = left * sign[:, None, None], vectors * sign[:, None, None]
-        ctx.save_for_backward(values, left, vectors)
-        return values, left[:, 0]
+        count, num_modalities, dim = matrices.shape
+        leading = matrices.new_empty(count, dim)
+        values, right = (
+            matrices.new_empty(count, num_modalities),
+            matrices.new_empty(count, num_modalities, num_modalities),
+        )
+        for part in row_blocks(matrices):
+            own = matrices[part]
+            vectors = torch.linalg.eigh(own @ own.transpose(1, 2))[1].flip(-1)  # descending: v_m in column m
+            products = vectors.transpose(1, 2) @ own  # row m: s_m u_m
+            lengths = torch.linalg.vector_norm(products, dim=2)
+            if (lengths.diff(dim=1) > 0).any():  # equal ones may have come out of order by rounding
+                lengths, order = lengths.sort(dim=1, descending=True)
+                vectors = vectors.gather(2, order[:, None, :].expand_as(vectors))
+                products = vectors.transpose(1, 2) @ own
+            sign = _signs(vectors[:, :, 0])[:, None]
+            leading[part] = products[:, 0] * (sign * _inverse(lengths)[:, :1])
+            values[part], right[part] = lengths, vectors * sign[:, None]
+        ctx.save_for_backward(matrices, values, right)
+        return values, leading
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        values, left, right = ctx.saved_tensors  # [n, k], [n, k (m), D], [n, k, k (m)]
-        by_value, by_leading = grads
-        first = values[:, :1]
-        usable = first > 0
-        gap = first.square() - values.square()
-        apart = gap > GAP * first.square()
-        along = (left @ by_leading[:, :, None]).squeeze(2)  # g . u_m
-        turn = torch.where(apart, along / torch.where(apart, gap, 1), 0)  # column 0 has no gap
-        outside = by_leading - (along[:, None, :] @ left).squeeze(1)
-        outside = torch.where(usable, outside / torch.where(usable, first, 1), 0)
-        # dL = sum_m g_m u_m v_m^T + sum_j c_j (s_1 u_j v_1^T + s_j u_1 v_j^T) + outside v_1^T / s_1
-        by_row = by_value[:, :, None] * left  # [n, m, D], to be spread by v_m
-        by_row[:, 0] += outside + ((turn * first)[:, None, :] @ left).squeeze(1)
-        by_row += (turn * values)[:, :, None] * left[:, :1]
-        return right @ by_row
+        matrices, values, right = ctx.saved_tensors  # [n, k, D], [n, k], [n, k, k (m)]
+        found = torch.empty_like(matrices)
+        for part in row_blocks(matrices):
+            by_value, by_leading = grads[0][part], grads[1][part]
+            lengths, vectors = values[part], right[part]
+            first, inverse = lengths[:, :1], _inverse(lengths)
+            products = vectors.transpose(1, 2) @ matrices[part]  # row m: s_m u_m
+            along = (products @ by_leading[:, :, None]).squeeze(2) * inverse  # <g, u_m>
+            gap = first.square() - lengths.square()
+            apart = gap > GAP * first.square()
+            turn = torch.where(apart, along / torch.where(apart, gap, 1), 0)  # column 0 has no gap
+            # sum_m v_m (g_m u_m + c_m s_m u_1)^T + v_1 (sum_j c_j s_1 u_j + (g - sum_j <g, u_j> u_j) / s_1)^T
+            weights = torch.diag_embed(by_value)
+            weights[:, :, 0] += turn * lengths
+            weights[:, 0] += turn * first - along * inverse[:, :1]
+            mixed = (vectors @ weights * inverse[:, None]) @ products
+            torch.addcmul(mixed, vectors[:, :, :1], (by_leading * inverse[:, :1])[:, None], out=found[part])
+        return found
+
+
+def _inverse(lengths: Float[Tensor, "samples modalities"]) -> Float[Tensor, "samples modalities"]:
+    """1 / length; 0 where that is rounding: there is no direction."""
+    usable = lengths > ROUNDING * torch.finfo(lengths.dtype).eps
+    return torch.where(usable, 1 / torch.where(usable, lengths, 1), 0)
 
 
 def _signs(first: Float[Tensor, "samples modalities"]) -> Float[Tensor, " samples"]:
@@ -154,14 +171,9 @@ def _signs(first: Float[Tensor, "samples modalities"]) -> Float[Tensor, " sample
     return torch.where(first.gather(1, place[:, None]).squeeze(1) < 0, -1.0, 1.0).to(first.dtype)
 
 
-def leading_logits(rows: Rows, columns: Rows, scalars: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
-    """u_i . u_j / tau_2"""
-    return rows["leading"] @ columns["leading"].T * scalars["scale"]
-
-
 def sign_free_logits(rows: Rows, columns: Rows, scalars: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
     """(u_i . u_j)^2 / tau_2"""
-    return (rows["leading"] @ columns["leading"].T).square() * scalars["scale"]
+    return (rows["left"] @ columns["right"].T).square() * scalars["scale"]
 
 
 OBJECTIVE = Pmrl

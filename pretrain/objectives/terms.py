@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from pretrain.objective_config import ObjectiveOptions, Options, TemperatureOptions
 from pretrain.objectives.embeddings import Embeddings
+from pretrain.objectives.scores import Rows, TileScore
 
-Rows = dict[str, Tensor]  # per-sample tensors [n, ...] by name
-Score = Callable[[Rows, Rows, dict[str, Tensor]], Tensor]
+Score = TileScore | Callable[[Rows, Rows, dict[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class Pairs:
     """Every sample as a row against every sample of the global batch as a column.
 
     rows, columns: per-sample tensors of the local samples; they may differ. score(rows [r], columns [c], scalars) ->
-    [r, c], with finite gradients where a row or a column is all zeros. valid [n]: samples that take part, as rows and
+    [r, c], with finite gradients where a row or a column is all zeros: a `TileScore`, or a function that autograd can
+    differentiate. valid [n]: samples that take part, as rows and
     as columns; nothing behind a false one has an effect. ids [n]: two samples with the same id are the same item, their
     pair is never counted; -1 differs from everything. So a duplicate adds its own pairs and changes no other's.
     matched: scores [n] of the pairs (i, i) where they can be had more precisely than in a tile; None: the tile's.
@@ -261,7 +262,7 @@ def positive_cosines(embeddings: Embeddings) -> list[Term]:
     """Metrics `positive_cosine/A-B`: mean cosine of matched pairs, always shown: volumes are blind to its sign."""
     terms: list[Term] = []
     for a, b in combinations(embeddings.vectors, 2):
-        values = (embeddings.rows(a).detach() * embeddings.rows(b).detach()).sum(dim=1)
+        values = torch.linalg.vecdot(embeddings.rows(a).detach(), embeddings.rows(b).detach())
         valid = embeddings.mask(a) & embeddings.mask(b)
         terms.append(PerSample(name=f"positive_cosine/{a}-{b}", weight=0.0, values=values, valid=valid))
     return terms
