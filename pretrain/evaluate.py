@@ -23,6 +23,7 @@ from pretrain.model import PretrainModel
 from pretrain.retrieval import JOINT_SCORES, evaluate_retrieval
 from pretrain.retrieval_report import RetrievalMetrics, RetrievalReport
 from pretrain.scoring.names import ScoreName
+from pretrain.towers.build import ModelConfig, example_inputs
 
 OWN_SCORES: dict[str, ScoreName] = {
     "gram": "volume",
@@ -40,25 +41,26 @@ def embed_split(
     """Embeddings {modality: [n, D]}, presence {modality: bool [n]} and positions int64 [n] of all samples of all ranks,
     on the CPU.
 
-    Every rank calls `forward` equally often (a rank that has fewer batches repeats its last one and drops the result),
-    so that a sharded model can be used.
+    Every rank calls `forward` equally often, and agrees with the others on nothing in between: a sharded model gathers
+    its weights in every call. A rank that has fewer batches drops what the further calls return.
     """
     names = config.towers.names
+    num_calls = int(world.max(torch.tensor([loader.num_batches], device=world.device)).item())
     vectors: dict[str, list[Tensor]] = {name: [] for name in names}
     present: dict[str, list[Tensor]] = {name: [] for name in names}
     positions: list[Tensor] = []
-    calls = 0
     for batch in loader:
         inputs, masks = batch.chunk(0, batch.num_samples, world.device)
         found = forward(inputs, masks)
-        calls += 1
         positions.append(batch.ids.to(world.device))
         for name in names:
             vectors[name].append(found[name].float())
             present[name].append(masks[name])
-    most = int(world.max(torch.tensor([calls], device=world.device)).item())
-    for _ in range(most - calls):
-        forward(inputs, masks)
+    model = ModelConfig.of(config)
+    nobody = {name: torch.zeros(1, dtype=torch.bool, device=world.device) for name in names}
+    for _ in range(num_calls - loader.num_batches):
+        examples = {name: example_inputs(name, model) for name in names}
+        forward({n: {k: t.to(world.device) for k, t in parts.items()} for n, parts in examples.items()}, nobody)
     empty = torch.zeros(0, config.embedding_dim, device=world.device)
     nothing = torch.zeros(0, dtype=torch.bool, device=world.device)
     return (
