@@ -29,9 +29,10 @@ def encode_video(preset: str = "veryfast", first_pts: int = 0, colorspace: int =
     """40 pictures at 10 fps with B-frames, from `first_pts` on."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as out:
-        stream = out.add_stream("libx264", rate=10, options={"preset": preset})
+        stream = out.add_stream("libx264", rate=10, options={"preset": preset, "mbtree": "0"})
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         stream.codec_context.gop_size = 10
+        stream.codec_context.thread_count = 1  # more threads or macroblock tree: other bytes
         stream.codec_context.colorspace, stream.codec_context.color_range = colorspace, color_range
         for number in range(40):
             picture = counting_picture(number, 40, 96, 64)

@@ -34,7 +34,8 @@ def video_bytes(pictures: NDArray[np.uint8], fps: int = FPS) -> bytes:
     """An mp4 of `pictures` uint8 [T, H, W, 3] with a key frame each second."""
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
-        track = container.add_stream("libx264", rate=fps, options={"g": str(fps), "crf": "10", "threads": "1"})
+        options = {"g": str(fps), "crf": "10", "threads": "1", "mbtree": "0"}
+        track = container.add_stream("libx264", rate=fps, options=options)
         track.height, track.width, track.pix_fmt = pictures.shape[1], pictures.shape[2], "yuv420p"
         for picture in pictures:
             container.mux(track.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
