@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from data_pipeline.settings import Settings, nearest
-from pretrain.objective_config import ObjectiveConfig
+from pretrain.objective_config import ObjectiveConfig, SymileOptions
 
 
 class SplitConfig(Settings):
@@ -272,6 +272,17 @@ class RunConfig(Settings):
     def _something_to_offload(self) -> RunConfig:
         if self.train.offload_optimizer and self.train.zero_stage == 0:
             raise ValueError("train.offload_optimizer needs train.zero_stage 1, 2 or 3, found 0")
+        return self
+
+    @model_validator(mode="after")
+    def _few_enough_tuples(self) -> RunConfig:
+        batch, others = self.train.global_batch, len(self.towers.names) - 1
+        for index, part in enumerate(self.objective):
+            if isinstance(part, SymileOptions) and part.candidates == "all" and batch**others > part.max_tuples:
+                raise ValueError(
+                    f"objective.{index}.candidates all: train.global_batch ** {others} = {batch**others:,} tuples, "
+                    f"expected at most max_tuples {part.max_tuples:,}; candidates shuffled takes {batch:,}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -245,6 +245,16 @@ def test_override_of_a_list_entry_that_is_wrong_is_one_line(tmp_path: Path) -> N
     assert "objective.0.gram.orientaton: unknown key; did you mean 'orientation'?" in str(caught.value)
 
 
+def test_tuples_of_all_candidates_are_counted_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(MINIMAL))
+    all_tuples = "objective=[{name: symile, candidates: all}]"
+    load_settings(RunConfig, tmp_path / "c.yaml", [all_tuples, "train.global_batch=1024"])
+    with pytest.raises(UserError) as caught:
+        load_settings(RunConfig, tmp_path / "c.yaml", [all_tuples, "train.global_batch=1032"])
+    assert "objective.0.candidates all: train.global_batch ** 2 = 1,065,024 tuples" in str(caught.value)
+    assert "expected at most max_tuples 1,048,576; candidates shuffled takes 1,032" in str(caught.value)
+
+
 def test_valid_keys_are_those_of_the_chosen_objective(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(MINIMAL))
     with pytest.raises(UserError) as caught:

@@ -51,6 +51,9 @@ class WeightedSum(nn.Module):
         super().__init__()
         parts = [_build(config.name, config, modalities) for config in configs]
         self.parts = nn.ModuleList(parts)
+        names = [part.name for part in parts]
+        # As the config counts them where one occurs twice: infonce.0, infonce.2.
+        self.labels = [name if names.count(name) == 1 else f"{name}.{index}" for index, name in enumerate(names)]
         self.scalars = _JoinedScalars([part.scalars for part in parts])
 
     def terms(self, embeddings: Embeddings, scalars: dict[str, Tensor]) -> list[Term]:
@@ -62,6 +65,7 @@ class WeightedSum(nn.Module):
         return [
             dataclasses.replace(
                 term,
+                name=self.labels[index] + term.name.removeprefix(part.name),
                 weight=term.weight * part.options.weight,
                 mean_over=f"{index}.{term.mean_over}" if term.mean_over else "",
             )
@@ -72,8 +76,8 @@ class WeightedSum(nn.Module):
     def learned_values(self, scalars: dict[str, Tensor]) -> dict[str, float]:
         """{"temperature/gram": 0.07}: what each learned scalar stands at, for the log."""
         return {
-            f"{name}/{part.name}": value
-            for part, own in self._with_scalars(scalars)
+            f"{name}/{label}": value
+            for label, (part, own) in zip(self.labels, self._with_scalars(scalars), strict=True)
             for name, value in part.learned_values(own).items()
         }
 
