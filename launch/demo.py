@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.settings import UserError, load_settings
-from launch.leash import leashed
 from pretrain.config import RunConfig
+from pretrain.leash import leashed
 
 CONFIGS = Path("configs/demo")
 SPLITS = ("test", "test-ordinary")

@@ -26,8 +26,8 @@ from typing import BinaryIO
 
 from data_pipeline.settings import UserError
 from launch.failures import Failure, clear_failures, current_life, record_failure
-from launch.leash import leashed
 from launch.plan import EXIT_RUN_AGAIN, Machine, Plan, RankPlan
+from pretrain.leash import leashed
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_S = 10.0  # between SIGTERM and SIGKILL

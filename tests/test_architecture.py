@@ -16,6 +16,7 @@ PACKAGES = ("data_pipeline", "pretrain", "launch")
 HEAVY = ("torch", "torchvision", "deepspeed", "transformers", "timm", "accelerate")
 LAUNCH_MAY_IMPORT = {
     "pretrain.config",
+    "pretrain.leash",
     "pretrain.preflight",
     "data_pipeline.config",
     "data_pipeline.settings",
@@ -27,7 +28,8 @@ PRETRAIN_MAY_IMPORT = {
     "data_pipeline.decode",
     "data_pipeline.target_folder",
 }
-TORCH_FREE = {"main", "config", "objective_config", "command", "preflight", "signals"}  # of pretrain, at import
+# Of pretrain, at import.
+TORCH_FREE = {"main", "config", "objective_config", "command", "preflight", "signals", "leash"}
 
 
 def sources(package: str) -> list[Path]:

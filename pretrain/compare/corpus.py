@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from data_pipeline.settings import UserError, check_settings, read_yaml
 from pretrain.compare.cells import Cell, Outcome
 from pretrain.compare.config import CorpusConfig
 from pretrain.config import RunConfig
+from pretrain.leash import leashed
 from pretrain.preflight import check_run
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _command(arguments: list[str], log: Path) -> None:
     """`parallelotope ARGUMENTS...`, its output at the end of `log`."""
     with open(log, "ab") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pretrain.main", *arguments], stdout=stream, stderr=stream, env=os.environ.copy()
+            leashed([sys.executable, "-m", "pretrain.main", *arguments]), stdout=stream, stderr=stream
         )
         try:
             code = process.wait()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import subprocess
+import sys
+import time
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,8 @@ from pretrain.compare.cells import Cell, Outcome, list_cells, read_result, resul
 from pretrain.compare.config import CompareConfig, CorpusConfig
 from pretrain.compare.corpus import cell_config, check_cell, run_cell
 from tests.finished_run import run_config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def corpus(folder: Path, dataset: Path, objectives: list[dict[str, Any]]) -> tuple[list[Cell], CorpusConfig]:
@@ -79,6 +85,43 @@ def test_a_run_that_fails_is_said_with_its_log_and_leaves_no_result(tmp_path: Pa
     assert "parallelotope pretrain left with 2" in failures[0]
     assert f"{cells[0].name}.log" in failures[0]
     assert not result_path(out_dir, cells[0]).exists()
+
+
+@pytest.mark.slow
+def test_no_trainer_is_left_when_the_comparison_is_killed(tmp_path: Path, small_dataset: Path) -> None:
+    cells, experiment = corpus(tmp_path, small_dataset, [{"label": "infonce", "objective": [{"name": "infonce"}]}])
+    values = {
+        "out_dir": str(tmp_path / "out"), "seeds": [3], "baseline": "infonce",
+        "experiment": experiment.model_dump(mode="json") | {"overrides": ["schedule.num_steps=100000"]},
+        "objectives": [{"label": "infonce", "objective": [{"name": "infonce"}]}],
+    }  # fmt: skip
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    command = [sys.executable, "-m", "pretrain.main", "compare-objectives", str(tmp_path / "compare.yaml")]
+    lock = tmp_path / "out" / "runs" / cells[0].name / ".lock"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (lock.exists() and is_locked(lock)):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 20
+    while is_locked(lock):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a run."""
+    with path.open() as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def test_mistakes_are_said_before_anything_is_trained(tmp_path: Path, small_dataset: Path) -> None:
