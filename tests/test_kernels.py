@@ -30,7 +30,7 @@ def difference(one: list[float], other: list[float]) -> float:
     return ((first - second).norm() / second.norm()).item() if len(first) else 0.0
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_kernel_equals_the_tiles_it_replaces(tmp_path: Path, size: int) -> None:
     pytest.importorskip("triton")
     for rank in run_ranks("tests.fused_pairs:both_ways", size, tmp_path):
@@ -79,6 +79,7 @@ for name, blocks, constants in (
 """
 
 
+@pytest.mark.slow
 def test_the_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
     """To machine code of compute capability 9.0 with tensor-core products, within its shared memory; none is needed."""
     pytest.importorskip("triton")

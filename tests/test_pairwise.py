@@ -401,7 +401,7 @@ def distributed_gradients(world: World, argument: Any) -> dict[str, list[float]]
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_with_unequal_masks_equal_one_process(tmp_path: Path, size: int) -> None:
     alone = distributed_gradients(World(), None)
     together = run_ranks("tests.test_pairwise:distributed_gradients", size, tmp_path)

@@ -149,7 +149,10 @@ def test_only_what_an_objective_wants_is_made(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "train"),
-    [(1, {"ema_decay": 0.9, "second_view_by": "average", "zero_stage": 0}), (2, {"zero_stage": 3, "chunk": 3})],
+    [
+        (1, {"ema_decay": 0.9, "second_view_by": "average", "zero_stage": 0}),
+        pytest.param(2, {"zero_stage": 3, "chunk": 3}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_trains_resumes_and_exports(tmp_path: Path, folder: Path, ranks: int, train: dict[str, Any]) -> None:
     run = tmp_path / "run"

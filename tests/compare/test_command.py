@@ -40,6 +40,7 @@ def results(out_dir: Path) -> dict[str, dict[str, object]]:
     return {name: {key: value for key, value in cell.items() if key != "seconds"} for name, cell in found.items()}
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_it_is_the_uninterrupted_comparison(tmp_path: Path) -> None:
     whole = write_small(tmp_path / "whole", tmp_path / "whole.yaml", seeds=SEEDS)
     done = run(whole)

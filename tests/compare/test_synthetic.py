@@ -118,13 +118,17 @@ def test_a_loss_that_is_not_finite_is_a_note(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_not_measured(tmp_path: Path) -> None:
-    """Their rows are zeros, which count as missing; the loss is finite."""
     cells, experiment = cells_and_experiment(tmp_path, [BASELINE])
+    samples = draw_data(experiment.generator, cells[0].modalities, 0).train
+    one_step = experiment.budget.model_copy(update={"num_steps": 1})
+    encoders, objective = build(cells[0], experiment)
+    next(encoders.parameters()).register_hook(lambda grad: grad * torch.nan)  # after the last loss
+    with pytest.raises(Diverged, match="weights are not finite after 1 steps"):
+        train(cells[0], one_step, encoders, objective, samples)
     encoders, objective = build(cells[0], experiment)
     with torch.no_grad():
         next(encoders.parameters()).fill_(torch.nan)
-    samples = draw_data(experiment.generator, cells[0].modalities, 0).train
-    with pytest.raises(Diverged, match="weights are not finite"):
+    with pytest.raises(Diverged, match="loss nan at step 1 of 4"):
         train(cells[0], experiment.budget, encoders, objective, samples)
 
 

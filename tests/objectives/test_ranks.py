@@ -59,7 +59,7 @@ def losses(world: World, argument: Any) -> dict[str, list[list[float]]]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_with_unequal_masks_equal_one_process(tmp_path: Path, size: int) -> None:
     alone = losses(World(), None)
     together = run_ranks("tests.objectives.test_ranks:losses", size, tmp_path)
