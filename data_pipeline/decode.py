@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import av
 import decord
@@ -158,15 +159,18 @@ def _positioned(
     container: av.container.InputContainer, stream: av.AudioStream, to_pcm: av.AudioResampler, last: int
 ) -> Iterator[tuple[int, NDArray[np.int16]]]:
     """Decoded frames up to sample `last`, each with the number of its first sample on the track's time line."""
-    position = 0
+    position, rate_hz, layout = 0, stream.rate, to_pcm.layout.name
+    gap = max(2, rate_hz // 500)  # containers round times: 2 ms are no gap
     for frame in container.decode(stream):
         if frame.pts is not None and frame.time_base is not None:
-            stated = round(frame.pts * frame.time_base * stream.rate)
-            if abs(stated - position) > max(2, stream.rate // 500):  # containers round times: 2 ms are no gap
+            stated = round(Fraction(frame.pts * frame.time_base.numerator * rate_hz, frame.time_base.denominator))
+            if abs(stated - position) > gap:
                 position = stated
         if position >= last:
             return
-        for converted in to_pcm.resample(frame):
+        # Mono of 16 bits is what is wanted: most shards hold it, and converting costs as much as decoding.
+        ready = layout == "mono" == frame.layout.name and frame.format.name in ("s16", "s16p") and frame.rate == rate_hz
+        for converted in [frame] if ready else to_pcm.resample(frame):
             pcm = converted.to_ndarray()
             yield position, pcm
             position += pcm.shape[1]
