@@ -216,6 +216,7 @@ def test_list_inspect_and_prune(tmp_path: Path, run: Path) -> None:
     assert "checksum of state-00000.safetensors differs" in damaged.stdout
 
 
+@pytest.mark.slow
 def test_differences_are_refused_until_they_are_accepted(tmp_path: Path, small_dataset: Path, run: Path) -> None:
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", str(run), str(copy)], check=True)

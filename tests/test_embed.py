@@ -80,6 +80,7 @@ def test_under_accelerate_launch(alone: Path, export_folder: Path, small_dataset
     same_rows(table_of(alone), table_of(tmp_path / "two"))
 
 
+@pytest.mark.slow
 def test_run_again_it_makes_what_is_missing(
     alone: Path, export_folder: Path, small_dataset: Path, tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def processes_of(out: Path) -> list[str]:
     return [line for line in found if str(out) in line]
 
 
+@pytest.mark.slow
 def test_killed_it_leaves_whole_parts_and_no_process(
     alone: Path, export_folder: Path, small_dataset: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,8 @@ from tests.exactness.cells import (
 from tests.exactness.page import render
 from tests.exactness.table import Row, measure_table
 
+SLOW = pytest.mark.slow
+
 
 def sample(ranks: int) -> list[Cell]:
     """Cells of so many ranks in which every value that a setting takes in the table occurs.
@@ -42,7 +44,7 @@ def sample(ranks: int) -> list[Cell]:
     return chosen
 
 
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW)])
 def test_five_steps_are_those_of_one_process_without_cache(tmp_path: Path, ranks: int) -> None:
     for row in measure_table(sample(ranks), tmp_path):
         assert not row.missed, (row.missed, row.cell, row.measures)

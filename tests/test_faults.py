@@ -145,6 +145,7 @@ def test_the_clock_knows_the_stage_under_way() -> None:
     assert clock.position()[0] not in ("objective", "gather")
 
 
+@pytest.mark.slow
 def test_replay_makes_a_recorded_step_again(tmp_path: Path, small_dataset: Path) -> None:
     run = tmp_path / "run"
     config = write_config(

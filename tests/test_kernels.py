@@ -30,7 +30,8 @@ def difference(one: list[float], other: list[float]) -> float:
     return ((first - second).norm() / second.norm()).item() if len(first) else 0.0
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
 def test_the_kernel_equals_the_tiles_it_replaces(tmp_path: Path, size: int) -> None:
     pytest.importorskip("triton")
     for rank in run_ranks("tests.fused_pairs:both_ways", size, tmp_path):

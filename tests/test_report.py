@@ -375,6 +375,7 @@ def test_page_touches_no_random_generator(trained: Path, tmp_path: Path) -> None
     assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_failure_while_making_it_does_not_end_the_training(tmp_path: Path, small_dataset: Path, trained: Path) -> None:
     run = tmp_path / "run"
     (run / "report.html").mkdir(parents=True)  # nothing can be renamed to it

@@ -219,6 +219,7 @@ def test_a_run_folder_takes_one_run_at_a_time(tmp_path: Path, small_dataset: Pat
     assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.slow
 def test_other_ranks_and_stage_take_the_same_samples(tmp_path: Path, small_dataset: Path, uninterrupted: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)

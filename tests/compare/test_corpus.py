@@ -76,6 +76,7 @@ def test_a_result_of_another_training_config_is_refused(tmp_path: Path, small_da
         read_result(tmp_path, changed[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_said_with_its_log_and_leaves_no_result(tmp_path: Path, small_dataset: Path) -> None:
     cells, experiment = corpus(tmp_path, small_dataset, [{"label": "infonce", "objective": [{"name": "infonce"}]}])
     broken = experiment.model_copy(update={"overrides": ("init_from=nowhere",)})
