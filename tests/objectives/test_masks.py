@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 from data_pipeline.settings import UserError
@@ -15,6 +17,7 @@ from tests.objectives.cases import MOST, gradients, random_case
 from tests.objectives.references import REFERENCES, Case
 
 ALL = {"symile": {"candidates": "all"}}
+SEEDS = st.integers(0, 10**6)
 ANCHORS = {"gram": "text", "triangle": "text", "unialign": "video"}
 
 
@@ -48,14 +51,16 @@ def without(case: Case, modality: str) -> Case:
 
 @pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_values_behind_a_mask_change_nothing(name: str, shuffled: bool) -> None:
+@settings(max_examples=8, deadline=None)
+@given(seed=SEEDS, value=st.sampled_from([torch.nan, torch.inf, 1e300, 0.0]))
+def test_values_behind_a_mask_change_nothing(name: str, shuffled: bool, seed: int, value: float) -> None:
     objective = build_objective(name).double() if shuffled else fixed(name)
-    clean = random_case(9, masked=True, seed=1)
-    spoiled = random_case(9, masked=True, seed=1)
+    clean = random_case(9, masked=True, seed=seed)
+    spoiled = random_case(9, masked=True, seed=seed)
     for group in (spoiled.vectors, spoiled.augmented, spoiled.independent, spoiled.independent_augmented):
         for modality, tensor in group.items():
             with torch.no_grad():
-                tensor[~spoiled.present[modality]] = torch.nan
+                tensor[~spoiled.present[modality]] = value
     losses = [objective(case.embeddings()).loss for case in (clean, spoiled)]
     assert losses[0].item() == losses[1].item()
     for one, other in zip(gradients(losses[0], clean), gradients(losses[1], spoiled), strict=True):
@@ -64,10 +69,12 @@ def test_values_behind_a_mask_change_nothing(name: str, shuffled: bool) -> None:
 
 @pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
-def test_a_modality_missing_everywhere_is_the_objective_of_the_others(name: str, reduce: str) -> None:
+@settings(max_examples=5, deadline=None)
+@given(seed=SEEDS)
+def test_a_modality_missing_everywhere_is_the_objective_of_the_others(name: str, reduce: str, seed: int) -> None:
     options = {"reduce": reduce} if "reduce" in type(build_objective(name).options).model_fields else {}
     modalities = min(4, MOST.get(name, 4))
-    full = random_case(6, modalities=modalities)
+    full = random_case(6, modalities=modalities, masked=True, seed=seed)
     case = replace(full, present={n: mask & (n != "audio") for n, mask in full.present.items()})
     for objective in (fixed(name, **options), build_objective(name, **options).double()):
         loss = objective(case.embeddings()).loss
@@ -76,15 +83,21 @@ def test_a_modality_missing_everywhere_is_the_objective_of_the_others(name: str,
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_samples_that_lack_what_is_needed_are_as_if_they_were_not_there(name: str) -> None:
-    case = random_case(7, seed=3)
-    case.present["text"][6] = case.present["video"][6] = False  # one modality is left
-    for modality in case.names:  # nothing is left
-        case.present[modality][5] = False
-    rows = [0, 1, 2, 3, 4]
+@settings(max_examples=8, deadline=None)
+@given(seed=SEEDS, places=st.permutations(range(7)))
+def test_samples_that_lack_what_is_needed_are_as_if_they_were_not_there(
+    name: str, seed: int, places: list[int]
+) -> None:
+    case = random_case(7, seed=seed)
+    one_left, nothing_left, without_anchor, *rows = places
+    case.present["text"][one_left] = case.present["video"][one_left] = False
+    for modality in case.names:
+        case.present[modality][nothing_left] = False
     if name in ANCHORS:
-        case.present[ANCHORS[name]][1] = False
-        rows.remove(1)
+        case.present[ANCHORS[name]][without_anchor] = False
+    else:
+        rows.append(without_anchor)
+    rows.sort()
     for objective in (fixed(name), build_objective(name).double()):
         loss = objective(case.embeddings()).loss
         assert abs(loss - objective(keep(case, rows).embeddings()).loss).item() <= 1e-12
@@ -100,9 +113,11 @@ def test_a_sample_of_one_modality_counts_where_a_view_is_its_partner() -> None:
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_samples_of_one_id_are_not_negatives_of_each_other(name: str) -> None:
+@settings(max_examples=8, deadline=None)
+@given(seed=SEEDS)
+def test_samples_of_one_id_are_not_negatives_of_each_other(name: str, seed: int) -> None:
     """Two samples, one item: what is left is what one sample gives, and no gradient pushes them apart."""
-    both = random_case(2, seed=4, duplicates=True)
+    both = random_case(2, seed=seed, duplicates=True)
     for group in (both.vectors, both.augmented, both.independent, both.independent_augmented):
         for tensor in group.values():
             with torch.no_grad():
