@@ -28,6 +28,8 @@ class Settings(BaseModel):
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
+QUOTE = "'"  # pydantic quotes names
+
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A clause that names the closest valid name, and all: "did you mean 'lr'? (valid: lr, seed)"; "there is none"."""
@@ -127,6 +129,9 @@ def _explain(model: type[BaseModel], mistake: Any) -> str:
         return f"{where}: unknown key; {hint or nearest(str(location[-1]), valid)}"
     if mistake["type"] == "missing":
         return f"{where}: missing; expected a value"
+    if mistake["type"] == "union_tag_invalid":
+        key, tag, valid = (mistake["ctx"][name] for name in ("discriminator", "tag", "expected_tags"))
+        return f"{where}: {key.strip(QUOTE)} '{tag}'; {nearest(tag, [name.strip(QUOTE) for name in valid.split(', ')])}"
     message = str(mistake["msg"]).removeprefix("Value error, ")
     if isinstance(found, dict | list | BaseModel) or mistake["type"] == "value_error":
         return f"{where}: {message}"

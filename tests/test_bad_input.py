@@ -52,7 +52,7 @@ def change(config: Path, path: str, value: Any) -> None:
         ("embedding_dim", 2, "embedding_dim 2 is smaller than the number of modalities 3"),
         ("data.train.path", "nowhere", "dataset nowhere: no such folder"),
         ("data.train.split", "trian", "did you mean 'train'?"),
-        ("objective", [{"name": "grammar"}], "'gram', 'infonce'"),
+        ("objective", [{"name": "gramm"}], "objective.0: name 'gramm'; did you mean 'gram'?"),
         ("objective", [{"name": "gram", "anchor": "txt"}], "did you mean 'text'?"),
         ("towers.video.encoder", "timm:vit_tiny_patch16_224", "its published weights cannot be had"),
         ("towers.video.encoder", "timm:vit_tinny_patch16_224", "no such model"),

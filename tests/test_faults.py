@@ -35,9 +35,9 @@ def train_with_a_bad_step(world: World, argument: list[Any]) -> int:
     path, bad_steps = argument
     trainer = Trainer(load_settings(RunConfig, Path(path)), world)
 
-    def spoil(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def spoil(module: nn.Module, inputs: Any, output: dict[str, Tensor]) -> dict[str, Tensor]:
         if world.rank == 1 and trainer.session.progress.step + 1 in bad_steps and module.training:
-            return torch.cat([output[:-1], output[-1:] * torch.nan])
+            return {view: torch.cat([rows[:-1], rows[-1:] * torch.nan]) for view, rows in output.items()}
         return output
 
     model = trainer.session.engine.model
