@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -10,7 +12,8 @@ from pretrain.compare.summary import Comparison
 from pretrain.report.figures import SERIES_COLOURS
 
 ROW_PX = 26
-PANEL_PX = 300
+PANEL_PX = 320
+PANELS_A_ROW = 3
 LABEL_PX = 160
 
 
@@ -25,40 +28,47 @@ def comparison_figure(comparison: Comparison) -> go.Figure:
     labels = [
         label for label in comparison.labels if any(label in comparison.labels_of(s) for s in comparison.settings)
     ]
-    figure = make_subplots(rows=1, cols=len(shown), shared_yaxes=True, subplot_titles=list(shown.values()),
-                           horizontal_spacing=0.02)  # fmt: skip
-    for column, metric in enumerate(shown, start=1):
+    num_columns = min(PANELS_A_ROW, max(1, len(shown)))
+    num_rows = max(1, math.ceil(len(shown) / num_columns))
+    panel_px = ROW_PX * len(labels) * max(1.0, 0.4 * len(comparison.settings))
+    figure = make_subplots(
+        rows=num_rows, cols=num_columns, shared_yaxes=True, subplot_titles=list(shown.values()),
+        horizontal_spacing=0.05, vertical_spacing=min(0.1, 80 / (num_rows * panel_px)),
+    )  # fmt: skip
+    for panel, metric in enumerate(shown):
         for place, setting in enumerate(comparison.settings):
-            _add_points(figure, comparison, metric, setting, place, labels, column)
-    num_settings = max(1, len(comparison.settings))
+            _add_points(figure, comparison, metric, setting, place, labels, panel, num_columns)
     figure.update_yaxes(range=[len(labels) - 0.5, -0.5], tickvals=list(range(len(labels))), ticktext=labels)
-    figure.update_xaxes(title_text="%", rangemode="tozero")
+    figure.update_xaxes(ticksuffix=" %", rangemode="tozero")
     figure.update_layout(
-        template="plotly_white", height=160 + ROW_PX * len(labels) * max(1.0, 0.5 * num_settings),
-        width=LABEL_PX + PANEL_PX * len(shown), hovermode="closest", legend={"title": {"text": "setting"}},
+        template="plotly_white", height=160 + (panel_px + 80) * num_rows, width=LABEL_PX + PANEL_PX * num_columns,
+        hovermode="closest",
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 0.995, "yanchor": "top", "yref": "container"},
         title=f"Means over seeds with 95 % intervals; dotted: {comparison.baseline}",
     )  # fmt: skip
     return figure
 
 
 def _add_points(
-    figure: go.Figure, comparison: Comparison, metric: str, setting: str, place: int, labels: list[str], column: int
-) -> None:
+    figure: go.Figure, comparison: Comparison, metric: str, setting: str, place: int, labels: list[str], panel: int,
+    num_columns: int,
+) -> None:  # fmt: skip
+    row, column = panel // num_columns + 1, panel % num_columns + 1
     colour = SERIES_COLOURS[place % len(SERIES_COLOURS)]
     shift = 0.6 * ((place + 0.5) / len(comparison.settings) - 0.5)
-    rows = [(n, row) for n, label in enumerate(labels) if (row := comparison.find(setting, label, metric)) is not None]
+    found = [(n, it) for n, label in enumerate(labels) if (it := comparison.find(setting, label, metric)) is not None]
     figure.add_scatter(
-        x=[100 * row.value.mean for _, row in rows], y=[number + shift for number, _ in rows], mode="markers",
-        name=setting, legendgroup=setting, showlegend=column == 1, marker={"size": 7, "color": colour},
+        x=[100 * it.value.mean for _, it in found], y=[number + shift for number, _ in found], mode="markers",
+        name=setting, legendgroup=setting, showlegend=panel == 0, marker={"size": 7, "color": colour},
         error_x={
-            "type": "data", "array": [100 * (row.value.half_width or 0.0) for _, row in rows], "thickness": 1.5,
+            "type": "data", "array": [100 * (it.value.half_width or 0.0) for _, it in found], "thickness": 1.5,
             "width": 0,
         },
-        text=[f"{row.label}, {setting}: {interval_text(row)} %<br>{row.verdict}" for _, row in rows],
-        hovertemplate="%{text}<extra></extra>", row=1, col=column,
+        text=[f"{it.label}, {setting}: {interval_text(it)} %<br>{it.verdict}" for _, it in found],
+        hovertemplate="%{text}<extra></extra>", row=row, col=column,
     )  # fmt: skip
     baseline = comparison.find(setting, comparison.baseline, metric)
     if baseline is not None:
         figure.add_vline(
-            x=100 * baseline.value.mean, line={"dash": "dot", "width": 1, "color": colour}, row=1, col=column
+            x=100 * baseline.value.mean, line={"dash": "dot", "width": 1, "color": colour}, row=row, col=column
         )
