@@ -186,9 +186,11 @@ def _hyper_parameters(config: CompareConfig, cells: Sequence[Cell]) -> list[str]
         _row(["objective", "learning rate", "temperature at the start", "options"]),
         _row(["---", "---", "---", "---"]),
     ]
+    as_written = {entry.label: entry for entry in config.objectives}  # where `best` is not yet a name
     for cell in shown:
+        entry = as_written.get(cell.label, cell.entry)
         parts = [part.model_dump(mode="json", exclude={"tile"}) for part in cell.entry.objective]
-        given = [part.model_dump(mode="json", exclude_unset=True, exclude={"tile"}) for part in cell.entry.objective]
+        given = [part.model_dump(mode="json", exclude_unset=True, exclude={"tile"}) for part in entry.objective]
         temperatures = ", ".join(f"{p['name']} {p['temperature']}" for p in parts if "temperature" in p)
         options = json.dumps(given) + (", the anchor's encoder as it was drawn" if cell.entry.freeze_anchor else "")
         rate = "that of all" if cell.entry.lr is None else f"{cell.entry.lr:g}"
