@@ -65,7 +65,7 @@ class WeightedSum(nn.Module):
         return [
             dataclasses.replace(
                 term,
-                name=self.labels[index] + term.name.removeprefix(part.name),
+                name=_relabelled(term.name, part.name, self.labels[index]),
                 weight=term.weight * part.options.weight,
                 mean_over=f"{index}.{term.mean_over}" if term.mean_over else "",
             )
@@ -86,6 +86,11 @@ class WeightedSum(nn.Module):
             assert isinstance(part, Objective)
             prefix = f"{index}."
             yield part, {name.removeprefix(prefix): v for name, v in scalars.items() if name.startswith(prefix)}
+
+
+def _relabelled(term: str, name: str, label: str) -> str:
+    """infonce/text-video as infonce.2/text-video; terms that do not bear the objective's name stay."""
+    return label + term.removeprefix(name) if term == name or term.startswith(f"{name}/") else term
 
 
 class _JoinedScalars(nn.Module):

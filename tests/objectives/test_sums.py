@@ -28,6 +28,10 @@ def test_a_sum_is_the_weighted_sum_of_its_parts_and_each_keeps_its_metrics() -> 
     value = evaluate_terms(whole.terms(embeddings, whole.scalars()))
     alone = [build_objective(**{"weight": 1.0, **part})(embeddings).loss.item() for part in (BOUND, VOLUME, SUM)]
     assert value.local_loss.item() == pytest.approx(0.5 * alone[0] + alone[1] + alone[2], rel=1e-6)
+    assert "volume/3 modalities" in value.metrics
+    assert {name.split("/")[0] for name in value.metrics} == {
+        "loss", "num_samples", "positive_cosine", "volume", "gram", "infonce.0", "infonce.2",
+    }  # fmt: skip
     contrasts = {"infonce.0/text-video", "infonce.0/text-audio", "gram", "infonce.2/text-video+audio"}
     assert contrasts <= set(value.metrics)
     assert not any(name.startswith("infonce/") for name in value.metrics)
