@@ -111,7 +111,7 @@ def matrix_products(vectors: dict[str, Tensor]) -> Step:
 
 
 def times(cell: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of each method in each round, and the loss and gradient norm of the last."""
+    """Seconds of each method in each round, and the loss and gradient norm of a step before them."""
     steps = build_steps(cell["objective"], draw_vectors(cell["size"], cell["modalities"], cell["device"]))
     steps = {name: step for name, step in steps.items() if name in cell["methods"]}
     seconds: dict[str, list[float]] = {name: [] for name in steps}

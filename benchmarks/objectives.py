@@ -51,7 +51,8 @@ def write_page(page: Path, tables: str) -> None:
 def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--objectives", nargs="+", default=["gram", "pmrl", "decomposition"])
+    objectives = ["gram", "pmrl", "decomposition"]
+    parser.add_argument("--objectives", nargs="+", default=objectives, choices=objectives)
     parser.add_argument("--modalities", nargs="+", type=int, default=[3, 4], choices=[3, 4], metavar="K")
     parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096], metavar="B")
     parser.add_argument("--rounds", type=int, default=7, help="fewer where a round is long")

@@ -21,9 +21,11 @@ class UserError(Exception):
 
 
 class Settings(BaseModel):
-    """Base of every configuration model: frozen, and unknown keys are errors."""
+    """Base of every configuration model: frozen; unknown keys, NaN and infinity are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), validate_default=True, allow_inf_nan=False
+    )
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

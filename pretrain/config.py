@@ -275,6 +275,17 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _objectives_of_these_modalities(self) -> RunConfig:
+        names = self.towers.names
+        for index, part in enumerate(self.objective):
+            for place, name in part.named_modalities:
+                if name not in names:
+                    raise ValueError(f"objective.{index}.{place} of {part.name}: '{name}'; {nearest(name, names)}")
+        if not any(part.weight for part in self.objective):
+            raise ValueError("objective: every weight is 0; expected one that is not")
+        return self
+
+    @model_validator(mode="after")
     def _few_enough_tuples(self) -> RunConfig:
         batch, others = self.train.global_batch, len(self.towers.names) - 1
         for index, part in enumerate(self.objective):

@@ -22,15 +22,9 @@ from pretrain.kept_embeddings import KeptEmbeddings
 from pretrain.model import PretrainModel
 from pretrain.retrieval import JOINT_SCORES, evaluate_retrieval
 from pretrain.retrieval_report import RetrievalMetrics, RetrievalReport
-from pretrain.scoring.names import ScoreName
+from pretrain.scoring import names as score_names
 from pretrain.towers.build import ModelConfig, example_inputs
 
-OWN_SCORES: dict[str, ScoreName] = {
-    "gram": "volume",
-    "triangle": "volume",
-    "pmrl": "singular_value",
-    "centrobind": "centroid",
-}
 Forward = Callable[[dict[str, dict[str, Tensor]], dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -86,11 +80,9 @@ def anchor_of(config: RunConfig) -> str:
     return anchors[0] if anchors and anchors[0] in names else "text" if "text" in names else names[0]
 
 
-def own_score(config: RunConfig) -> ScoreName:
-    """How the run itself scores a tuple: as the first of its objectives does that has a score of tuples, else by
-    summed cosine.
-    """
-    return next((OWN_SCORES[part.name] for part in config.objective if part.name in OWN_SCORES), "summed_cosine")
+def own_score(config: RunConfig) -> score_names.ScoreName:
+    """How the run itself scores a tuple."""
+    return score_names.own_score(part.name for part in config.objective)
 
 
 def joint_scores(config: RunConfig) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ Each default cites its source; one without a source in its paper or code says so
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -27,11 +27,30 @@ class ObjectiveOptions(Settings):
         """Further embeddings of each sample that the objective wants: "augmented", "independent"."""
         return frozenset()
 
+    @property
+    def named_modalities(self) -> list[tuple[str, str]]:
+        """The modalities that the options name, each after its place: ("pairs.0", "video")."""
+        anchor, pairs = getattr(self, "anchor", None), getattr(self, "pairs", "all")
+        named = [] if anchor is None else [("anchor", anchor)]
+        for number, pair in enumerate(() if pairs == "all" else pairs):
+            named += [(f"pairs.{number}", name) for side in pair for name in side.split("+")]
+        return named
+
+
+class Weights(Settings):
+    """Of the parts of one objective."""
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> Weights:
+        if not any(self.model_dump().values()):
+            raise ValueError("every weight is 0; expected one that is not")
+        return self
+
 
 class KernelOptions(ObjectiveOptions):
     """Where scores of pairs may be computed by a fused kernel on a GPU, and how precisely."""
 
-    kernel: Literal["auto", "off"] = "auto"  # auto: on CUDA with Triton, in single precision; off: PyTorch
+    kernel: Literal["auto", "pytorch"] = "auto"  # auto: on CUDA with Triton, in single precision; pytorch: never
     # Of the factors in the matrix products of pairs of two samples; matched pairs stay as they are.
     negatives_precision: Literal["float32", "bfloat16"] = "float32"
 
@@ -41,7 +60,8 @@ class TemperatureOptions(ObjectiveOptions):
 
     temperature: PositiveFloat = 0.07  # GRAM code (model/gram.py at b70c5c2); CLIP (arXiv 2103.00020)
     learn_temperature: bool = True
-    temperature_range: tuple[PositiveFloat, PositiveFloat] = (0.01, 1.0)  # CLIP's upper limit of 100 on 1 / temperature
+    # 0.01: CLIP's upper limit of 100 on 1 / temperature; 1: scores as they are, no source.
+    temperature_range: tuple[PositiveFloat, PositiveFloat] = (0.01, 1.0)
     # bounded: its logarithm moves inside the range. divided: the parameter itself divides, as in GRAM's code, and can
     # reach zero.
     temperature_form: Literal["bounded", "divided"] = "bounded"
@@ -67,6 +87,19 @@ class PairOptions(ObjectiveOptions):
             raise ValueError("give either `pairs` or `anchor`, not both")
         return self
 
+    @model_validator(mode="after")
+    def _pairs_of_two(self) -> PairOptions:
+        if not self.pairs:
+            raise ValueError("pairs: none; expected all, or at least one")
+        pairs = [] if self.pairs == "all" else list(self.pairs)
+        for pair in pairs:
+            names = [name for side in pair for name in side.split("+")]
+            if len(set(names)) < len(names):
+                raise ValueError(f"pairs: {list(pair)} names a modality twice; expected two sides without a common one")
+        if len({frozenset(pair) for pair in pairs}) < len(pairs):
+            raise ValueError(f"pairs: {[list(pair) for pair in pairs]}: one is there twice")
+        return self
+
 
 class GramOptions(TemperatureOptions, KernelOptions):
     """GRAM (arXiv 2412.11959)."""
@@ -89,9 +122,9 @@ class InfonceOptions(TemperatureOptions, PairOptions, KernelOptions):
     """InfoNCE / CLIP between modalities (arXiv 2103.00020); with `anchor`, fixed-anchor binding (arXiv 2305.05665)."""
 
     name: Literal["infonce"] = "infonce"
-    label_smoothing: Smoothing = 0.0
-    # Weight of the contrast of each modality with its own augmented view: CyCLIP's code (src/train.py), and the base
-    # of latent modality structures (arXiv 2303.05952), where it equals that of the pairs.
+    label_smoothing: Smoothing = 0.0  # CLIP
+    # Weight of the contrast of each side of a pair with its own augmented view. Latent modality structures (arXiv
+    # 2303.05952), like CyCLIP's code (src/train.py), has 1: (V2T + T2V + V2V + T2T) / 4, up to a factor of 2.
     within: NonNegativeFloat = 0.0
 
     @property
@@ -114,20 +147,21 @@ class SymileOptions(ObjectiveOptions):
 
     name: Literal["symile"] = "symile"
     candidates: Literal["shuffled", "all"] = "shuffled"  # code: "n" and "n_squared"; its default is "n"
-    max_tuples: PositiveInt = 1 << 20  # of "all": candidates of one row, (global batch) ** (modalities - 1)
+    # Of "all": candidates of one row, (global batch) ** (modalities - 1). No source: where a step takes minutes.
+    max_tuples: PositiveInt = 1 << 20
     logit_scale: PositiveFloat | None = None  # None: sqrt(dim ** (modalities - 1)), the spread of the product
     learn_logit_scale: bool = True
     reduce: Reduce = "mean"  # over anchors: code
 
 
-class PmrlWeights(Settings):
+class PmrlWeights(Weights):
     """Of the two terms; code: 1 each."""
 
     values: float = 1.0
     contrast: float = 1.0
 
 
-class PmrlOptions(ObjectiveOptions):
+class PmrlOptions(KernelOptions):
     """PMRL (arXiv 2507.17343; code at c3997e9): the leading singular value of a sample, and its leading vector."""
 
     name: Literal["pmrl"] = "pmrl"
@@ -137,10 +171,10 @@ class PmrlOptions(ObjectiveOptions):
     sign: Literal["anchor", "free"] = "anchor"  # the code takes whatever sign the decomposition returns
     label_smoothing: Smoothing = 0.0  # code
     weights: PmrlWeights = PmrlWeights()
-    orientation: NonNegativeFloat = 0.0
+    orientation: NonNegativeFloat = 0.0  # as in gram; 0 is the paper
 
 
-class CentrobindOptions(TemperatureOptions):
+class CentrobindOptions(TemperatureOptions, KernelOptions):
     """CentroBind (arXiv 2410.02086): each modality with the centroid of all. No official code was found."""
 
     name: Literal["centrobind"] = "centrobind"
@@ -150,7 +184,7 @@ class CentrobindOptions(TemperatureOptions):
     reduce: Reduce = "sum"  # over modalities: paper, the loss of an anchor summed over modalities
 
 
-class UnialignWeights(Settings):
+class UnialignWeights(Weights):
     """Of the four parts. Paper: 1 for the volume in retrieval, 0.1 in generation; the others could not be read."""
 
     uniformity: float = 1.0
@@ -173,7 +207,7 @@ class UnialignOptions(ObjectiveOptions):
     weights: UnialignWeights = UnialignWeights()
 
 
-class SeparationWeights(Settings):
+class SeparationWeights(Weights):
     """Of the three terms; paper: 1 each."""
 
     orthogonal: float = 1.0
@@ -181,10 +215,10 @@ class SeparationWeights(Settings):
     uniformity: float = 1.0
 
 
-class FeatureSeparationOptions(TemperatureOptions, PairOptions):
+class FeatureSeparationOptions(TemperatureOptions, PairOptions, KernelOptions):
     """Deep feature separation of latent modality structures (arXiv 2303.05952, section 3.2)."""
 
-    name: Literal["feature_separation"] = "feature_separation"
+    name: Literal["feature_separation"] = "feature_separation"  # its temperature: that of CLIP, the paper names none
     uniformity_t: PositiveFloat = 2.0  # paper: G = exp(-t |u - v|^2), t = 2
     weights: SeparationWeights = SeparationWeights()
 
@@ -200,8 +234,15 @@ class BrownianBridgeOptions(PairOptions):
     """
 
     name: Literal["brownian_bridge"] = "brownian_bridge"
-    anchor: str | None = "text"  # paper: (image, text)
+    anchor: str | None = "text"  # paper: (image, text); none where pairs are given
     position: float = Field(0.25, gt=0, lt=1)  # t of the paper: the share of the first modality in the mean
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs_instead_of_the_default(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("pairs", "all") != "all":
+            return {"anchor": None, **values}
+        return values
 
     @property
     def views(self) -> frozenset[str]:

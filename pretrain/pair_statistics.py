@@ -114,7 +114,10 @@ class _TiledStatistics(torch.autograd.Function):
         sides = SideGradients.of(by_row, *row_grads), SideGradients.of(by_column, *column_grads)
         tensors: tuple[Tensor, ...] = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
-        sums = [torch.zeros_like(tensor) if need else None for tensor, need in zip(tensors, needed, strict=True)]
+        sums = [  # rows one after the other, however those of the tensor lie: the fused kernel adds to them
+            torch.zeros_like(tensor, memory_format=torch.contiguous_format) if need else None
+            for tensor, need in zip(tensors, needed, strict=True)
+        ]
         if ctx.fused is None:
             _spread(ctx.grid, tensors, sums, grads[0], sides, ctx.kept)
         else:

@@ -51,10 +51,10 @@ def evaluate_terms(terms: Sequence[Term], world: World = ALONE) -> TermsValue:
     totals = world.sum(torch.stack(shares))
     weights = _weights(terms, torch.stack(counts).to(totals.dtype))
     weighted = [index for index, term in enumerate(terms) if term.weight]  # others may hold no gradient at all
-    local_loss = torch.stack([shares[index] * weights[index] for index in weighted]).sum()
+    local_loss = sum((shares[index] * weights[index] for index in weighted), start=totals.new_zeros(()))
     metrics = {term.name: total for term, total, n in zip(terms, totals, counts, strict=True) if term.weight or n > 0}
     metrics |= {f"num_samples/{term.name}": n for term, n in zip(terms, counts, strict=True) if term.weight}
-    return TermsValue(local_loss=local_loss, metrics={"loss": (weights * totals).sum(), **metrics})
+    return TermsValue(local_loss=local_loss, metrics={"loss": (weights * totals)[weighted].sum(), **metrics})
 
 
 def _weights(terms: Sequence[Term], counts: Tensor) -> Tensor:

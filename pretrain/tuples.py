@@ -41,16 +41,15 @@ def tuple_cross_entropy(term: TupleCrossEntropy, world: World) -> tuple[Tensor, 
     items = _items(ids)
     mine = items[world.rank * len(term.row) : (world.rank + 1) * len(term.row)]
     parts = []
-    for rows in torch.arange(len(term.row), device=ids.device).split(term.tile):
+    vectors = [others[name] for name in known]
+    splits = (rows.split(term.tile) for rows in (term.row, mine, own))
+    for own_rows, own_items, own_scores in zip(*splits, strict=True):  # views: one copy for all tiles of tuples
         of_tiles = [
-            checkpoint(
-                _log_sum_exp, term.row[rows], [others[name] for name in known], chosen, mine[rows], items, scale,
-                use_reentrant=False,
-            )
+            checkpoint(_log_sum_exp, own_rows, vectors, chosen, own_items, items, scale, use_reentrant=False)
             for chosen in members.split(term.tile)
-        ]  # fmt: skip
+        ]
         lse = torch.stack(of_tiles).logsumexp(dim=0)
-        parts.append(softplus(lse - own[rows], threshold=SOFTPLUS_LINEAR_FROM))
+        parts.append(softplus(lse - own_scores, threshold=SOFTPLUS_LINEAR_FROM))
     values = torch.cat(parts)
     return torch.where(term.valid, values, torch.zeros_like(values)).sum() / count, count
 
@@ -78,8 +77,11 @@ def _candidates(term: TupleCrossEntropy, there: dict[str, Tensor], ids: Tensor) 
     """[tuples, modalities]: samples of the global batch by their index."""
     places = {name: mask.nonzero().flatten() for name, mask in there.items()}
     if term.candidates == "shuffled":
+        keys = _mixed(_keys(ids))
+        taking_part = torch.stack(list(there.values())).any(dim=0)
+        batch = torch.where(taking_part, keys, torch.zeros_like(keys)).sum()  # the same in any order of the samples
         length = min(len(place) for place in places.values())
-        ordered = [place[_order(ids[place], name)][:length] for name, place in places.items()]
+        ordered = [place[_order(keys[place], batch, name)][:length] for name, place in places.items()]
         return torch.stack(ordered, dim=1)
     num_tuples = math.prod(len(place) for place in places.values())
     if num_tuples > term.max_tuples:
@@ -90,12 +92,22 @@ def _candidates(term: TupleCrossEntropy, there: dict[str, Tensor], ids: Tensor) 
     return torch.cartesian_prod(*places.values()).view(num_tuples, len(places))
 
 
-def _order(ids: Tensor, name: str) -> Tensor:
-    """A permutation that depends on the ids (on the places, where there are none) and the name of a modality only."""
-    keys = torch.where(ids == -1, torch.arange(len(ids), device=ids.device), ids) ^ zlib.crc32(name.encode())
-    for factor in (-0x61C8864680B583EB, -0x4B47D0C5A1B3A9C3):  # odd constants; products wrap around
+def _order(keys: Tensor, batch: Tensor, name: str) -> Tensor:
+    """A permutation by the samples' keys, that of their batch and the name of a modality: the same samples meet in one
+    batch, others in the next."""
+    return _mixed(keys ^ _mixed(batch ^ zlib.crc32(name.encode()))).argsort(stable=True)
+
+
+def _keys(ids: Tensor) -> Tensor:
+    """The ids; the places where there are none."""
+    return torch.where(ids == -1, torch.arange(len(ids), device=ids.device), ids)
+
+
+def _mixed(keys: Tensor) -> Tensor:
+    """Every bit of an int64 spread over all of it; products wrap around."""
+    for factor in (-0x61C8864680B583EB, -0x4B47D0C5A1B3A9C3):  # odd constants
         keys = (keys ^ (keys >> 29)) * factor
-    return keys.argsort(stable=True)
+    return keys ^ (keys >> 32)
 
 
 def _items(ids: Tensor) -> Tensor:

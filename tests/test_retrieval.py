@@ -233,10 +233,11 @@ def test_nan_embeddings_are_not_found_and_named() -> None:
 
 def test_modality_that_is_absent_everywhere() -> None:
     present = {name: torch.full((8,), name != "audio") for name in ("text", "video", "audio")}
-    report = evaluate_retrieval(aligned(8), present)
+    report = evaluate_retrieval(aligned(8), present, joint_scores=JOINT)
     row = report.find("text", "audio", "cosine")
     assert (row.num_queries, row.recall_at_1, row.median_rank) == (0, 0.0, None)
     assert report.find("text", "video", "cosine").recall_at_1 == 1.0
+    assert {report.find("text", "video+audio", score).num_queries for score in JOINT} == {0}
     assert len(report.warnings) == 2
 
 

@@ -100,9 +100,9 @@ def test_words_are_left_out_and_one_stays() -> None:
     assert chosen_caption(row, Augmentation(word_key=1)) == " ".join(words)
 
 
-def outputs_of(config: RunConfig, batch: Batch) -> dict[str, torch.Tensor]:
+def outputs_of(config: RunConfig, batch: Batch, model: PretrainModel | None = None) -> dict[str, torch.Tensor]:
     inputs, present = batch.chunk(0, batch.num_samples)
-    model = PretrainModel(config)
+    model = PretrainModel(config) if model is None else model
     found: dict[str, torch.Tensor] = model(
         inputs, present, lambda _: nullcontext(), augmented=batch.augmented_chunk(0, batch.num_samples)
     )[0]
@@ -127,9 +127,22 @@ def test_the_model_returns_every_view(folder: Path) -> None:
 def test_momentum_towers_embed_the_second_view_without_gradient(folder: Path) -> None:
     train = {"global_batch": 4, "chunk": 4, "ema_decay": 0.9, "second_view_by": "average"}
     config = config_of(folder, train=train)
-    found = outputs_of(config, batches(folder, config)[0])
-    assert found["video"].requires_grad
-    assert not any(rows.requires_grad for name, rows in found.items() if "@augmented" in name)
+    batch = batches(folder, config)[0]
+    model = PretrainModel(config)
+    assert model.average is not None
+    with torch.no_grad():
+        for parameter in model.average.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    found = outputs_of(config, batch, model)
+    model.towers.load_state_dict(model.average.state_dict())
+    model.augmented_by_average = False
+    by_towers = outputs_of(config, batch, model)
+    for name in config.towers.names:
+        assert found[name].requires_grad
+        assert not torch.equal(found[name], by_towers[name])
+        for view in ("@augmented", "@augmented@independent"):
+            assert not found[name + view].requires_grad
+            assert torch.equal(found[name + view], by_towers[name + view])
 
 
 def test_momentum_towers_need_an_average(folder: Path) -> None:
@@ -165,8 +178,13 @@ def test_a_run_trains_resumes_and_exports(tmp_path: Path, folder: Path, ranks: i
     assert done.returncode == 0, done.stderr
     records = read_lines(run / METRICS)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
-    for part in ("infonce/video-audio", "infonce/text-augmented", "feature_separation/orthogonal/video-audio",
-                 "brownian_bridge/video-text", "geometric_consistency/matched/audio-text"):  # fmt: skip
+    for part in (
+        "infonce/video-audio",
+        "infonce/video-text/text-augmented",
+        "feature_separation/orthogonal/video-audio",
+        "brownian_bridge/video-text",
+        "geometric_consistency/matched/audio-text",
+    ):
         assert all(part in record for record in records), part
     export_run(run, tmp_path / "export", "last", force=False)
     with safe_open(tmp_path / "export" / WEIGHTS, framework="pt") as weights:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_pipeline.settings import UserError
-from data_pipeline.shards import write_json
+from data_pipeline.shards import shards_digest, shards_of, write_json
 from pretrain.compare.config import CompareConfig, CorpusConfig, Entry, EventsConfig, MixtureConfig
 from pretrain.config import RunConfig
 from pretrain.identity import differences
@@ -62,13 +62,22 @@ def list_cells(config: CompareConfig, run: RunConfig | None = None) -> list[Cell
     """All cells, those of one seed together, so that a comparison that is not finished has whole pairs.
 
     run: the training config of a comparison on a corpus.
+
+    Raises:
+        UserError: two cells of one name; a corpus that is not there.
     """
-    return [
-        _cell(config, run, setting, names, label, entry, seed)
+    experiment = _experiment(config, run)
+    cells = [
+        _cell(experiment, setting, names, label, entry, seed)
         for seed in config.seeds
         for setting, names in _settings(config, run)
         for label, entry in _entries(config, names)
     ]
+    names = [cell.name for cell in cells]
+    twice = next((cell for cell in cells if names.count(cell.name) > 1), None)
+    if twice is not None:
+        raise UserError(f"objectives: '{twice.label}' is there twice (each_anchor makes a label of each modality)")
+    return cells
 
 
 def _settings(config: CompareConfig, run: RunConfig | None) -> list[tuple[str, tuple[str, ...]]]:
@@ -105,20 +114,25 @@ def _with_names(part: Options, known: dict[str, str], anchor: str | None) -> Opt
     return part.model_copy(update=changes)
 
 
-def _cell(
-    config: CompareConfig,
-    run: RunConfig | None,
-    setting: str,
-    names: tuple[str, ...],
-    label: str,
-    entry: Entry,
-    seed: int,
-) -> Cell:
+def _experiment(config: CompareConfig, run: RunConfig | None) -> dict[str, Any]:
+    """What the result of a cell depends on beside its own settings."""
     experiment = config.experiment.model_dump(mode="json")
     if "generator" in experiment:
         experiment["generator"].pop("num_modalities", None)
-    if run is not None:  # what its file says, not where that lies
+    if run is not None:  # what its file and the datasets say, not where they lie
+        assert isinstance(config.experiment, CorpusConfig)
         experiment |= {"run": run.model_dump(mode="json", exclude={"run_dir", "seed", "objective"}), "overrides": []}
+        evaluated = config.experiment.data or run.data.train[0].path
+        experiment["datasets"] = {
+            "train": [shards_digest(shards_of(part.path, part.split)) for part in run.data.train],
+            "evaluated": shards_digest(shards_of(evaluated, config.experiment.split)),
+        }
+    return experiment
+
+
+def _cell(
+    experiment: dict[str, Any], setting: str, names: tuple[str, ...], label: str, entry: Entry, seed: int
+) -> Cell:
     facts = {
         "label": label, "setting": setting, "seed": seed, "modalities": list(names), "experiment": experiment,
         "objective": [part.model_dump(mode="json", exclude={"tile"}) for part in entry.objective],
@@ -149,7 +163,8 @@ def read_result(out_dir: Path, cell: Cell) -> dict[str, Any] | None:
     other = differences("", made_with, cell.facts)
     if other:
         raise UserError(
-            f"cell {path} was made with other settings: {'; '.join(other)}; use another out_dir, or delete it"
+            f"cell {path} was made with other settings: {'; '.join(other)}; use another out_dir, or delete it "
+            "(and its run folder, where it has one)"
         )
     assert isinstance(metrics, dict)
     return dict(found)

@@ -41,7 +41,8 @@ def compare_objectives(
 
     comparison = summarise(settings, results)
     if not comparison.rows:
-        raise UserError(f"out_dir {out_dir}: no cell has a result; nothing to make a page of")
+        why = [*failures, *comparison.notes][:1] or ["no cell has a result"]
+        raise UserError(f"out_dir {out_dir}: nothing to make a page of: {why[0]}")
     written = write_page(settings, comparison, [cell for cell, _ in results], out_dir)
     show(comparison, written, failures)
     if failures or comparison.missing:

@@ -9,6 +9,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_
 from data_pipeline.settings import Settings, nearest
 from pretrain.objective_config import ObjectiveConfig
 
+NUM_EVENT_MODALITIES = 3
+
 
 class Entry(Settings):
     """One line of the comparison: an objective, or a sum of several, as in a training config."""
@@ -27,6 +29,8 @@ class Entry(Settings):
             "anchor" in type(p).model_fields for p in self.objective
         ):
             raise ValueError(f"{self.label}: each_anchor and freeze_anchor need an objective that has an anchor")
+        if self.freeze_anchor and not self.each_anchor and not any(getattr(p, "anchor", None) for p in self.objective):
+            raise ValueError(f"{self.label}: freeze_anchor: no objective names its anchor")
         if self.each_anchor and any(getattr(part, "pairs", "all") != "all" for part in self.objective):
             raise ValueError(f"{self.label}: give either each_anchor or pairs, not both")
         return self
@@ -51,10 +55,16 @@ class MixtureConfig(Settings):
     latent_dim: PositiveInt = 16
     separation: PositiveFloat = 1.0  # standard deviation of the components' means; inside a component it is 1
     observed_dim: PositiveInt = 32  # of a modality
-    noise_worst: NonNegativeFloat = 2.0  # standard deviation; between worst and best at equal ratios
+    noise_worst: PositiveFloat = 2.0  # standard deviation; between worst and best at equal ratios
     noise_best: PositiveFloat = 0.3
     num_train: PositiveInt = 4096
     num_test: PositiveInt = 1024
+
+    @model_validator(mode="after")
+    def _worst_is_noisier(self) -> MixtureConfig:
+        if self.noise_worst < self.noise_best:
+            raise ValueError(f"noise_worst {self.noise_worst}: expected at least noise_best, {self.noise_best}")
+        return self
 
 
 class EventsConfig(Settings):
@@ -101,6 +111,16 @@ class SyntheticConfig(Settings):
     def _batch_is_there(self) -> SyntheticConfig:
         if self.budget.batch > self.generator.num_train:
             raise ValueError(f"budget.batch {self.budget.batch} exceeds generator.num_train {self.generator.num_train}")
+        return self
+
+    @model_validator(mode="after")
+    def _volumes_have_room(self) -> SyntheticConfig:
+        most = max(self.generator.num_modalities) if isinstance(self.generator, MixtureConfig) else NUM_EVENT_MODALITIES
+        if self.encoder.embedding_dim < most:
+            raise ValueError(
+                f"encoder.embedding_dim {self.encoder.embedding_dim}; expected at least {most}, the modalities: "
+                "retrieval by volume is measured of every objective"
+            )
         return self
 
 

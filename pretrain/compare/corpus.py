@@ -11,6 +11,7 @@ from data_pipeline.settings import UserError, check_settings, read_yaml
 from pretrain.compare.cells import Cell, Outcome
 from pretrain.compare.config import CorpusConfig
 from pretrain.config import RunConfig
+from pretrain.identity import differences
 from pretrain.leash import leashed
 from pretrain.preflight import check_run
 
@@ -59,17 +60,26 @@ def run_cell(cell: Cell, experiment: CorpusConfig, out_dir: Path) -> Outcome:
     folder = Path(config.run_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(folder.suffix + ".yaml")
+    _refuse_other_settings(folder, path, config)
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     log = folder.with_suffix(folder.suffix + ".log")
     data = experiment.data or config.data.train[0].path
     _command(["pretrain", str(path)], log)
     # The last checkpoint, not the best: every objective has had the same budget.
     _command(["evaluate", str(folder), "--data", data, "--split", experiment.split, "--checkpoint", "last"], log)
-    from pretrain.evaluate import own_score
     from pretrain.kept_embeddings import KeptEmbeddings, embeddings_path
 
     kept = KeptEmbeddings.load(embeddings_path(folder, f"evaluation-{experiment.split}"))
-    return Outcome(metrics=corpus_measures(kept, own_score(config)))
+    return Outcome(metrics=corpus_measures(kept, config))
+
+
+def _refuse_other_settings(folder: Path, path: Path, config: RunConfig) -> None:
+    """A run goes on under another learning rate or budget; a cell must not."""
+    if not path.is_file():
+        return
+    other = differences("", read_yaml(path), config.model_dump(mode="json"))
+    if other:
+        raise UserError(f"run {folder} was begun with other settings: {'; '.join(other)}; delete it and {path}")
 
 
 def _command(arguments: list[str], log: Path) -> None:
@@ -89,23 +99,23 @@ def _command(arguments: list[str], log: Path) -> None:
         raise UserError(f"parallelotope {arguments[0]} left with {code}: {' | '.join(said)} (log: {log})")
 
 
-def corpus_measures(kept: KeptEmbeddings, own_score: str) -> dict[str, float]:
+def corpus_measures(kept: KeptEmbeddings, config: RunConfig) -> dict[str, float]:
     """R@1 of each direction, every modality asking for all others in turn, whatever the objective's anchor; by the
     run's own score, too; and signs. Names are those of `pretrain.compare.measures`."""
     from pretrain.compare.measures import direction_means
-    from pretrain.retrieval import JOINT_SCORES, evaluate_retrieval
+    from pretrain.evaluate import joint_scores, own_score
+    from pretrain.retrieval import evaluate_retrieval
 
-    joint_scores = tuple(dict.fromkeys([*JOINT_SCORES, own_score]))
     found: dict[str, float] = {}
     for anchor in kept.vectors:
-        report = evaluate_retrieval(kept.vectors, kept.present, anchor=anchor, joint_scores=joint_scores)
+        report = evaluate_retrieval(kept.vectors, kept.present, anchor=anchor, joint_scores=joint_scores(config))
         all_others = "+".join(name for name in kept.vectors if name != anchor)
         for row in report.metrics:
             query, candidates = (
                 "others" if "+" in side and side == all_others else side for side in (row.query, row.candidates)
             )
             found[f"recall_at_1/{query} -> {candidates}/{row.score}"] = row.recall_at_1
-            if row.score == own_score and "others" in (query, candidates):
+            if row.score == own_score(config) and "others" in (query, candidates):
                 found[f"recall_at_1/{query} -> {candidates}/own"] = row.recall_at_1
     cosines = {f"positive_cosine/{pair}": v for pair, v in report.positive_cosine.items() if v is not None}
     return found | direction_means(found) | cosines | {"anti_aligned": float(len(report.anti_aligned))}

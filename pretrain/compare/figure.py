@@ -15,6 +15,7 @@ ROW_PX = 26
 PANEL_PX = 320
 PANELS_A_ROW = 3
 LABEL_PX = 160
+TOP_PX, BOTTOM_PX = 120, 60  # title and legend; ticks of the lowest panels
 
 
 def comparison_html(comparison: Comparison) -> str:
@@ -40,11 +41,16 @@ def comparison_figure(comparison: Comparison) -> go.Figure:
             _add_points(figure, comparison, metric, setting, place, labels, panel, num_columns)
     figure.update_yaxes(range=[len(labels) - 0.5, -0.5], tickvals=list(range(len(labels))), ticktext=labels)
     figure.update_xaxes(ticksuffix=" %", rangemode="tozero")
+    height = TOP_PX + BOTTOM_PX + (panel_px + 80) * num_rows
     figure.update_layout(
-        template="plotly_white", height=160 + (panel_px + 80) * num_rows, width=LABEL_PX + PANEL_PX * num_columns,
-        hovermode="closest",
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 0.995, "yanchor": "top", "yref": "container"},
-        title=f"Means over seeds with 95 % intervals; dotted: {comparison.baseline}",
+        template="plotly_white", height=height, width=LABEL_PX + PANEL_PX * num_columns,
+        hovermode="closest", showlegend=True, margin={"t": TOP_PX, "b": BOTTOM_PX},
+        # On the left, under the title: the toolbar lies over the right.
+        legend={"orientation": "h", "x": 0, "y": 1 - 50 / height, "yanchor": "top", "yref": "container"},
+        title={
+            "text": f"Means over seeds with 95 % intervals; dotted: {comparison.baseline}",
+            "y": 1 - 20 / height, "yanchor": "top",
+        },
     )  # fmt: skip
     return figure
 

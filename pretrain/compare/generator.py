@@ -66,7 +66,7 @@ def draw_data(generator: MixtureConfig | EventsConfig, modalities: tuple[str, ..
 
 def noise_levels(generator: MixtureConfig, num_modalities: int) -> list[float]:
     """Standard deviation of the noise of each modality, the worst first, at equal ratios."""
-    worst, best = max(generator.noise_worst, generator.noise_best), generator.noise_best
+    worst, best = generator.noise_worst, generator.noise_best
     steps = [m / (num_modalities - 1) for m in range(num_modalities)]
     return [worst * math.exp(step * math.log(best / worst)) for step in steps]
 

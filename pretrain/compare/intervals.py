@@ -12,7 +12,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean over `num` values and its 95 % interval; None where one value has none."""
+    """A mean over `num` values and its 95 % interval; None where they do not spread: one value, or all equal."""
 
     num: int
     mean: float
@@ -28,9 +28,9 @@ class Interval:
 def t_interval(values: Sequence[float]) -> Interval:
     """mean +- t * s / sqrt(n), t of n - 1 degrees of freedom. Expects at least one value."""
     num, mean = len(values), fmean(values)
-    if num == 1:
-        return Interval(num=1, mean=mean, low=None, high=None)
-    half = t_quantile(num - 1) * stdev(values) / math.sqrt(num)
+    if num == 1 or (spread := stdev(values)) == 0:
+        return Interval(num=num, mean=mean, low=None, high=None)
+    half = t_quantile(num - 1) * spread / math.sqrt(num)
     return Interval(num=num, mean=mean, low=mean - half, high=mean + half)
 
 

@@ -2,6 +2,7 @@
 
 recall_at_1/x1 -> x2/cosine          one modality asks for another
 recall_at_1/x1 -> others/volume      ... for all others together, by volume or by summed cosine; and back
+recall_at_1/x1 -> others/own         ... by the objective's own score of tuples, which has its name, too; and back
 recall_at_1/one -> one/cosine        mean of all directions of that kind
 accuracy/x1, accuracy/all            label read out of one embedding, of all concatenated; accuracy/one: the mean
 positive_cosine/x1-x2                mean cosine of matched pairs; anti_aligned: how many pairs are negative
@@ -18,24 +19,27 @@ from torch import Tensor
 
 from pretrain.compare.generator import SyntheticData
 from pretrain.compare.readout import accuracy
-from pretrain.retrieval import TIE_TOLERANCE, is_anti_aligned, rank_of_truth
+from pretrain.retrieval import JOINT_SCORES, TIE_TOLERANCE, is_anti_aligned, rank_of_truth
 from pretrain.scoring import scores
 
 Vectors = dict[str, Float[Tensor, "samples dim"]]
 
 
-def retrieval_measures(vectors: Vectors) -> dict[str, float]:
-    """R@1 in [0, 1] of each direction, sample i belonging to sample i; ties count as misses."""
+def retrieval_measures(vectors: Vectors, own: str) -> dict[str, float]:
+    """R@1 in [0, 1] of each direction, sample i belonging to sample i; ties count as misses. own: the objective's own
+    score of tuples (`pretrain.scoring.names`)."""
     found = {
         f"recall_at_1/{a} -> {b}/cosine": _recall_at_1(scores({a: vectors[a]}, {b: vectors[b]}, "cosine"))
         for a, b in permutations(vectors, 2)
     }
     for name in vectors if len(vectors) > 2 else ():
         others = {other: rows for other, rows in vectors.items() if other != name}
-        for score in ("volume", "summed_cosine"):
+        for score in dict.fromkeys([*JOINT_SCORES, own]):
             matrix = scores({name: vectors[name]}, others, score)
-            found[f"recall_at_1/{name} -> others/{score}"] = _recall_at_1(matrix)
-            found[f"recall_at_1/others -> {name}/{score}"] = _recall_at_1(matrix.T)
+            forth, back = _recall_at_1(matrix), _recall_at_1(matrix.T)
+            for label in (score, "own") if score == own else (score,):
+                found[f"recall_at_1/{name} -> others/{label}"] = forth
+                found[f"recall_at_1/others -> {name}/{label}"] = back
     return found | direction_means(found)
 
 

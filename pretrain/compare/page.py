@@ -91,6 +91,7 @@ def _what(config: CompareConfig, comparison: Comparison) -> list[str]:
     lines = [
         f"Same data, encoders, budget and order of batches for all; seeds {seeds}. A figure is the mean over seeds",
         "with its 95 % t interval; after it stands the difference from the baseline of the same setting and seed.",
+        *_second_views(config),
         f'Where that interval holds 0 the page says "{NO_DIFFERENCE}". The intervals are over seeds, one at a time: of',
         "twenty true equalities one will seem a difference. Nothing is claimed beyond them: another budget, learning",
         "rate or corpus may order the objectives otherwise.",
@@ -103,6 +104,21 @@ def _what(config: CompareConfig, comparison: Comparison) -> list[str]:
         shown = ", ".join(comparison.missing[:5])
         lines += ["", f"**{len(comparison.missing)} cells have no result yet**: {shown}, ... Run the command again."]
     return lines + (["", "Without metrics:", *(f"- {note}" for note in comparison.notes)] if comparison.notes else [])
+
+
+def _second_views(config: CompareConfig) -> list[str]:
+    """Who sees more than the others do: not all of a difference is the objective's."""
+    wanted = {entry.label: set().union(*(part.views for part in entry.objective)) for entry in config.objectives}
+    seeing = [label for label, views in wanted.items() if "augmented" in views]
+    more = [label for label, views in wanted.items() if "independent" in views]
+    lines = []
+    if seeing:
+        lines.append(
+            f"A second view of every sample, and twice the forward passes, have: {', '.join(seeing)}"
+            + (f"; a second projection a modality: {', '.join(more)}" if more else "")
+            + ". Against the others a difference may be the view's."
+        )
+    return lines
 
 
 def _statements(comparison: Comparison, setting: str) -> list[str]:

@@ -62,9 +62,9 @@ class Comparison:
         there = {label for place, label, _ in self.rows if place == setting}
         return [label for label in self.labels if label in there]
 
-    def metrics_of(self, setting: str, start: str = "") -> list[str]:
-        """Names of metrics there that begin so, in the order of their names."""
-        return sorted({metric for place, _, metric in self.rows if place == setting and metric.startswith(start)})
+    def metrics_of(self, setting: str) -> list[str]:
+        """Names of the metrics measured there, in their order."""
+        return sorted({metric for place, _, metric in self.rows if place == setting})
 
 
 def summarise(config: CompareConfig, results: Sequence[tuple[Cell, Mapping[str, Any] | None]]) -> Comparison:
@@ -111,7 +111,9 @@ def _verdict(difference: Interval | None) -> str:
     if difference is None:
         return "baseline not measured"
     if difference.low is None or difference.high is None:
-        return "one seed: no interval"
+        if difference.num == 1:
+            return "one seed: no interval"
+        return NO_DIFFERENCE if difference.mean == 0 else "the same in every seed: no interval"
     if difference.low > 0:
         return "higher"
     return "lower" if difference.high < 0 else NO_DIFFERENCE

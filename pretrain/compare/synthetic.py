@@ -22,6 +22,7 @@ from pretrain.objectives import WeightedSum
 from pretrain.pairwise import evaluate_terms
 from pretrain.randomness import keyed_random
 from pretrain.schedule import learning_rate
+from pretrain.scoring.names import own_score
 
 
 class Diverged(Exception):
@@ -32,10 +33,10 @@ def check_cell(cell: Cell, experiment: SyntheticConfig) -> None:
     """Refuse an objective that the setting cannot have, before anything is trained.
 
     Raises:
-        UserError: an unknown anchor, too many modalities, or too few dimensions for them.
+        UserError: an unknown anchor, too many modalities, too few dimensions for them, too many tuples in a batch.
     """
     encoders, objective = build(cell, experiment)
-    samples = draw_data(experiment.generator, cell.modalities, cell.seed).train.rows(0, 2)
+    samples = draw_data(experiment.generator, cell.modalities, cell.seed).train.rows(0, experiment.budget.batch)
     if cell.entry.objective:
         _loss(encoders, objective, samples, wanted_views(cell))
 
@@ -48,7 +49,8 @@ def run_cell(cell: Cell, experiment: SyntheticConfig) -> Outcome:
         metrics = train(cell, experiment.budget, encoders, objective, data.train)
     except Diverged as error:
         return Outcome(metrics={}, note=str(error))
-    return Outcome(metrics=metrics | measure(encoders, data, experiment))
+    own = own_score(part.name for part in cell.entry.objective)
+    return Outcome(metrics=metrics | measure(encoders, data, experiment, own))
 
 
 def build(cell: Cell, experiment: SyntheticConfig) -> tuple[Encoders, WeightedSum]:
@@ -122,10 +124,11 @@ def _loss(encoders: Encoders, objective: WeightedSum, samples: Samples, views: f
 
 
 @torch.no_grad()
-def measure(encoders: Encoders, data: SyntheticData, experiment: SyntheticConfig) -> dict[str, float]:
-    """Retrieval and signs on the test samples; read-outs trained on the embeddings of the training samples."""
+def measure(encoders: Encoders, data: SyntheticData, experiment: SyntheticConfig, own: str) -> dict[str, float]:
+    """Retrieval and signs on the test samples; read-outs trained on the embeddings of the training samples. own: the
+    objective's own score of tuples."""
     test = encoders.embed(data.test)
-    found = retrieval_measures(test) | sign_measures(test)
+    found = retrieval_measures(test, own) | sign_measures(test)
     if experiment.readout is None:
         return found
     return found | readout_measures(experiment.readout, encoders.embed(data.train), test, data)

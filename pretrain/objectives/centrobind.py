@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pretrain.objective_config import CentrobindOptions
 from pretrain.objectives.embeddings import Embeddings
-from pretrain.objectives.infonce import cosine_pairs
+from pretrain.objectives.infonce import cosine_pairs, cosine_score
 from pretrain.objectives.modalities import Mask, Vectors, num_present, unit
 from pretrain.objectives.terms import CrossEntropy, Objective, Term
 
@@ -44,6 +44,7 @@ class Centrobind(Objective):
                     (embeddings.rows(name), embeddings.mask(name)),
                     {"scale": scale},
                     options.tile,
+                    cosine_score(options),
                 ),
                 label_smoothing=options.label_smoothing,
                 row_weight=1.0,

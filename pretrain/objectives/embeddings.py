@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,6 +40,12 @@ class Embeddings:
             views.setdefault(view, {})[f"{modality}@{inner}" if inner else modality] = rows
         inside = {name: cls.of_outputs(group, present, ids) for name, group in views.items()}
         return cls(vectors=vectors, present=present, ids=ids, views=inside or None)
+
+    def at_least_single(self) -> Embeddings:
+        """The same, vectors of half precision as float32."""
+        vectors = {name: rows if rows.dtype.itemsize >= 4 else rows.float() for name, rows in self.vectors.items()}
+        views = None if self.views is None else {name: view.at_least_single() for name, view in self.views.items()}
+        return replace(self, vectors=vectors, views=views)
 
     @property
     def num_samples(self) -> int:

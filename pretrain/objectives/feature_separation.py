@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain.objective_config import FeatureSeparationOptions
 from pretrain.objectives.embeddings import Embeddings
-from pretrain.objectives.infonce import cosine_pairs
+from pretrain.objectives.infonce import cosine_pairs, cosine_score
 from pretrain.objectives.modalities import Mask, Vectors, modality_pairs, side
 from pretrain.objectives.terms import CrossEntropy, LogMeanExp, Objective, PerSample, Term
 from pretrain.objectives.unialign import kernel_pairs
@@ -85,7 +85,12 @@ class FeatureSeparation(Objective):
             name=f"feature_separation/contrast/{place}",
             weight=self.separation.weights.contrast,
             pairs=cosine_pairs(
-                embeddings, (left, left_valid & valid), (right, right_valid & valid), scale, self.separation.tile
+                embeddings,
+                (left, left_valid & valid),
+                (right, right_valid & valid),
+                scale,
+                self.separation.tile,
+                cosine_score(self.separation),
             ),
             row_weight=1.0,
             column_weight=0.0,

@@ -19,9 +19,9 @@ from data_pipeline.settings import UserError
 from pretrain.objective_config import GramOptions
 from pretrain.objectives.embeddings import Embeddings
 from pretrain.objectives.gram_schmidt import ROUNDING, PerTuple, Vectors, orthonormal_axes, row_blocks, without
-from pretrain.objectives.modalities import orientation, others_of
+from pretrain.objectives.modalities import by_arity, num_present, orientation, others_of
 from pretrain.objectives.scores import VolumeScore
-from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Term
+from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, Term
 
 
 class Gram(Objective):
@@ -73,19 +73,10 @@ class Gram(Objective):
             ),
             label_smoothing=self.gram.label_smoothing,
         )
-        terms = [contrast, *_volumes_by_arity(matched, masks, valid)]
+        terms: list[Term] = [contrast, *by_arity("volume", matched, num_present(embeddings), valid, k)]
         if self.gram.orientation:
             terms.append(orientation(embeddings, valid, self.gram.orientation, self.name))
         return terms
-
-
-def _volumes_by_arity(matched: PerTuple, masks: Sequence[Tensor], valid: Tensor) -> list[Term]:
-    """Metrics: the mean volume of the tuples of each number of modalities, which are not comparable with each other."""
-    arity = 1 + torch.stack(list(masks)).sum(dim=0)
-    return [
-        PerSample(name=f"volume/{k} modalities", weight=0.0, values=matched.detach(), valid=valid & (arity == k))
-        for k in range(2, len(masks) + 2)
-    ]
 
 
 def matched_volumes(anchor: Vectors, axes: Sequence[Vectors], volume: PerTuple) -> PerTuple:

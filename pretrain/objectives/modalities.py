@@ -60,7 +60,7 @@ def side(embeddings: Embeddings, name: str) -> tuple[Vectors, Mask]:
 def unit(rows: Vectors) -> tuple[Vectors, Mask]:
     """Rows over their lengths, and which have one: a row shorter than the root of the rounding has no direction."""
     squared = rows.square().sum(dim=1)
-    usable = squared > torch.finfo(rows.dtype).eps
+    usable = ~(squared <= torch.finfo(rows.dtype).eps)  # what is no number stays none
     length = torch.where(usable, squared, torch.ones_like(squared)).sqrt()
     return torch.where(usable[:, None], rows / length[:, None], torch.zeros_like(rows)), usable
 
@@ -68,6 +68,15 @@ def unit(rows: Vectors) -> tuple[Vectors, Mask]:
 def num_present(embeddings: Embeddings) -> Tensor:
     """How many modalities each sample has: [n]"""
     return torch.stack([embeddings.mask(name) for name in embeddings.vectors]).sum(dim=0)
+
+
+def by_arity(quantity: str, values: Tensor, arity: Tensor, valid: Mask, most: int) -> list[PerSample]:
+    """Metrics: the mean of `values` over the tuples of each number of modalities, 2 to `most`, which are not comparable
+    with each other. values, arity, valid: [n]"""
+    return [
+        PerSample(name=f"{quantity}/{k} modalities", weight=0.0, values=values.detach(), valid=valid & (arity == k))
+        for k in range(2, most + 1)
+    ]
 
 
 def orientation(embeddings: Embeddings, valid: Mask, weight: float, objective: str) -> PerSample:

@@ -19,8 +19,9 @@ from data_pipeline.settings import UserError
 from pretrain.objective_config import PmrlOptions
 from pretrain.objectives.embeddings import Embeddings
 from pretrain.objectives.gram_schmidt import ROUNDING, row_blocks
+from pretrain.objectives.infonce import cosine_score
 from pretrain.objectives.modalities import orientation, others_of
-from pretrain.objectives.scores import CosineScore, Rows
+from pretrain.objectives.scores import Rows
 from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, PerSample, Term
 
 Matrices = Float[Tensor, "samples modalities dim"]  # row m: modality m; rows of zeros: missing
@@ -73,7 +74,7 @@ class Pmrl(Objective):
                     matched=leading.square().sum(dim=1) / options.temperature,
                     valid=valid,
                     ids=embeddings.sample_ids(),
-                    score=CosineScore() if options.sign == "anchor" else sign_free_logits,
+                    score=cosine_score(options) if options.sign == "anchor" else sign_free_logits,
                     tile=options.tile,
                 ),
                 label_smoothing=options.label_smoothing,
@@ -107,7 +108,7 @@ def leading_direction(
 
 
 class _LeadingDirection(torch.autograd.Function):
-    """[n, k, D] -> s [n, k], u_1 [n, D], from the k x k Gram matrix.
+    """[n, k, D] -> s [n, k], u_1 [n, D], from the k x k Gram matrix; v_m in column m. NaN in, NaN out.
 
     ds_m = u_m^T dM v_m, with u_m = 0 where s_m = 0. du_1 has a part 1 / (s_1^2 - s_j^2) towards each u_j, left out
     where the gap is below `GAP`, and one out of the span, 1 / s_1.
@@ -123,7 +124,9 @@ class _LeadingDirection(torch.autograd.Function):
         )
         for part in row_blocks(matrices):
             own = matrices[part]
-            vectors = torch.linalg.eigh(own @ own.transpose(1, 2))[1].flip(-1)  # descending: v_m in column m
+            gram = own @ own.transpose(1, 2)
+            finite = gram.isfinite().all(dim=(1, 2), keepdim=True)  # eigh raises, on the rank that has the row alone
+            vectors = torch.linalg.eigh(gram.where(finite, torch.zeros_like(gram)))[1].flip(-1)  # descending
             products = vectors.transpose(1, 2) @ own  # row m: s_m u_m
             lengths = torch.linalg.vector_norm(products, dim=2)
             if (lengths.diff(dim=1) > 0).any():  # equal ones may have come out of order by rounding

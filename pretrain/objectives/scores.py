@@ -28,11 +28,11 @@ class TileScore(ABC):
 
     negatives_precision: of the factors of the matrix products of pairs, sums staying in the dtype of the vectors;
     "float32" means the vectors as they are. Matched scores are given apart (`Pairs.matched`), at full precision.
-    kernel: "auto" takes the fused one where it can run (`pretrain.kernels.choice`), "off" never.
+    kernel: "auto" takes the fused one where it can run (`pretrain.kernels.choice`), "pytorch" never.
     """
 
     negatives_precision: NegativesPrecision = "float32"
-    kernel: Literal["auto", "off"] = "auto"
+    kernel: Literal["auto", "pytorch"] = "auto"
 
     def __call__(self, rows: Rows, columns: Rows, scalars: Rows) -> Scores:
         """The scores alone, without a gradient."""

@@ -9,6 +9,7 @@ from pretrain.objective_config import SigmoidOptions
 from pretrain.objectives.embeddings import Embeddings
 from pretrain.objectives.infonce import cosine_pairs
 from pretrain.objectives.modalities import modality_pairs, side
+from pretrain.objectives.scores import CosineScore
 from pretrain.objectives.terms import Objective, SigmoidCrossEntropy, Term
 
 
@@ -43,7 +44,9 @@ class Sigmoid(Objective):
                 name=f"sigmoid/{a}-{b}",
                 weight=1.0,
                 mean_over=mean_over,
-                pairs=cosine_pairs(embeddings, side(embeddings, a), side(embeddings, b), learned, self.sigmoid.tile),
+                pairs=cosine_pairs(
+                    embeddings, side(embeddings, a), side(embeddings, b), learned, self.sigmoid.tile, CosineScore()
+                ),
             )
             for a, b in pairs
         ]

@@ -59,6 +59,11 @@ class Symile(Objective):
             for name in names
         ]
 
+    def learned_values(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        """The logit scale; where none is given, its ratio to the default, which depends on the batch's modalities."""
+        name = "logit_scale" if self.symile.logit_scale else "logit_scale_over_default"
+        return {name: scalars["log_logit_scale"].exp().item()} if scalars else {}
+
     def _scale(self, scalars: dict[str, Tensor], like: Tensor) -> Tensor:
         """[1]: the logit scale, or its ratio to the default where none is given."""
         if "log_logit_scale" in scalars:

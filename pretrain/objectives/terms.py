@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -126,9 +126,9 @@ class TupleCrossEntropy:
     of a sample a missing member is the vector of all `fill`; a modality that no sample has is left out of all.
 
     row [n, D], valid [n]: those that take part; others, there: {modality: [n, D]} and {modality: [n]}; ids [n] as in
-    `Pairs`; scale [1]. candidates "all": every tuple, at most `max_tuples`; "shuffled": at most as many as there are
-    samples, each modality in an order drawn from its name and the ids of the global batch by hashing. tile: rows and
-    tuples scored at once.
+    `Pairs`; scale [1]. candidates "all": every tuple, at most `max_tuples`; "shuffled": as many as the rarest modality
+    has samples, each modality in an order drawn from its name and all ids of the global batch by hashing. tile: rows
+    and tuples scored at once.
     """
 
     name: str
@@ -241,10 +241,17 @@ class Objective(nn.Module, ABC):
         """The terms of the loss for the local samples; every per-sample tensor has one row a sample."""
 
     def forward(self, embeddings: Embeddings) -> ObjectiveOutput:
-        """Loss and metrics of `embeddings` in this process; double in, double out."""
+        """Loss and metrics of `embeddings` in this process; double in, double out; half precision is raised to single,
+        under autocast, too."""
         from pretrain.pairwise import evaluate_terms
 
-        value = evaluate_terms(self.terms(embeddings, self.scalars()))
+        device = next(iter(embeddings.vectors.values())).device
+        with torch.autocast(device.type, enabled=False):
+            terms = [
+                replace(term, weight=term.weight * self.options.weight)
+                for term in self.terms(embeddings.at_least_single(), self.scalars())
+            ]
+            value = evaluate_terms(terms)
         return ObjectiveOutput(loss=value.local_loss, metrics=value.metrics)
 
 

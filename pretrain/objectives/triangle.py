@@ -13,7 +13,7 @@ from torch import Tensor
 from data_pipeline.settings import UserError
 from pretrain.objective_config import TriangleOptions
 from pretrain.objectives.embeddings import Embeddings
-from pretrain.objectives.modalities import others_of
+from pretrain.objectives.modalities import by_arity, num_present, others_of
 from pretrain.objectives.terms import CrossEntropy, Objective, Pairs, Rows, Term
 
 MAX_OTHERS = 2
@@ -45,27 +45,29 @@ class Triangle(Objective):
         return others
 
     def terms(self, embeddings: Embeddings, scalars: dict[str, Tensor]) -> list[Term]:
-        """One contrast."""
+        """One contrast, and the areas as metrics."""
         others = self._others(tuple(embeddings.vectors))
         anchor = embeddings.rows(self.triangle.anchor)
         vectors = [embeddings.rows(name) for name in others]
         masks = [embeddings.mask(name) for name in others]
         valid = embeddings.mask(self.triangle.anchor) & torch.stack(masks).any(dim=0)
         scale = 1 / self.temperature(scalars, anchor)
+        matched = _matched_areas(anchor, vectors, masks)
         columns = {f"vector {m}": vector for m, vector in enumerate(vectors)}
         columns |= {f"there {m}": mask.to(anchor.dtype) for m, mask in enumerate(masks)}
         pairs = Pairs(
             rows={"anchor": anchor},
             columns=columns,
             scalars={"scale": scale},
-            matched=-scale * _matched_areas(anchor, vectors, masks),
+            matched=-scale * matched,
             valid=valid,
             ids=embeddings.sample_ids(),
             score=area_logits,
             tile=self.triangle.tile,
         )
         smoothing = self.triangle.label_smoothing
-        return [CrossEntropy(name="triangle", weight=1.0, pairs=pairs, label_smoothing=smoothing)]
+        contrast = CrossEntropy(name="triangle", weight=1.0, pairs=pairs, label_smoothing=smoothing)
+        return [contrast, *by_arity("area", matched, num_present(embeddings), valid, len(others) + 1)]
 
 
 def _matched_areas(anchor: Tensor, vectors: list[Tensor], masks: list[Tensor]) -> Tensor:

@@ -9,7 +9,8 @@ With the kernel kappa(x, y) = exp(-|x - y|^2 / (2 width^2)):
     centroid     uniformity of the centroids of the samples
 
 The metric `unialign/divergence`, if asked for, is Hoelder's: (1 / k) sum_m log int p_m^k - log int prod_m p_m, which is
->= 0 for densities, and 0 where all are one. By kernel density estimates at the samples that have all modalities.
+>= 0 for densities, and 0 where all are one. By kernel density estimates at the samples that have all modalities; where
+there is none, it is not shown.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pretrain.objective_config import UnialignOptions
 from pretrain.objectives.centrobind import centroids
 from pretrain.objectives.embeddings import Embeddings
 from pretrain.objectives.gram_schmidt import orthonormal_axes
-from pretrain.objectives.modalities import Mask, Vectors, num_present, others_of
+from pretrain.objectives.modalities import Mask, Vectors, by_arity, num_present, others_of
 from pretrain.objectives.terms import LogMeanExp, LogMeanProduct, Objective, Pairs, PerSample, Rows, Term, TermSum
 
 
@@ -54,7 +55,9 @@ class Unialign(Objective):
             self._uniformity(embeddings, name, embeddings.rows(name), embeddings.mask(name) & valid)
             for name in embeddings.vectors
         ]
-        terms += [self._alignment(embeddings, others, valid), self._volume(embeddings, valid)]
+        volume = self._volume(embeddings, valid)
+        terms += [self._alignment(embeddings, others, valid), volume]
+        terms += by_arity("squared_volume", volume.values, num_present(embeddings), valid, len(embeddings.vectors))
         terms.append(self._uniformity(embeddings, "centroid", middle, valid))
         return [*terms, self._divergence(embeddings)] if options.divergence else terms
 

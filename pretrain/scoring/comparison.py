@@ -96,7 +96,9 @@ class Comparison:
 
     def matched(self, rows: Int[Tensor, " n"], columns: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Scores of query `rows[i]` with candidate `columns[i]`."""
-        parts = [torch.zeros(0, dtype=self.dtype, device=self.device)]
+        if len(rows) == 0:
+            return torch.zeros(0, dtype=self.dtype, device=self.device)
+        parts = []
         at_once = min(self.tile, MATCHED_AT_ONCE)
         for some, others in zip(rows.split(at_once), columns.split(at_once), strict=True):
             query, candidates = self.prepared(self.query, some), self.prepared(self.candidates, others)

@@ -14,6 +14,7 @@ everything. `volume` and `singular_value` do not see a sign: an opposite vector 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 ScoreName = Literal["cosine", "summed_cosine", "centroid", "volume", "singular_value"]
@@ -25,3 +26,15 @@ SCORE_LABELS: dict[str, str] = {
     "singular_value": "singular value",
 }
 SIGN_BLIND: frozenset[str] = frozenset({"volume", "singular_value"})
+OWN_SCORES: dict[str, ScoreName] = {
+    "gram": "volume",
+    "triangle": "volume",
+    "pmrl": "singular_value",
+    "centrobind": "centroid",
+}
+
+
+def own_score(objectives: Iterable[str]) -> ScoreName:
+    """How those who train under these objectives score a tuple: as the first of them does that has a score of tuples,
+    else by summed cosine."""
+    return next((OWN_SCORES[name] for name in objectives if name in OWN_SCORES), "summed_cosine")

@@ -76,6 +76,45 @@ def test_a_result_of_another_training_config_is_refused(tmp_path: Path, small_da
         read_result(tmp_path, changed[0])
 
 
+def test_a_run_begun_with_other_settings_does_not_go_on(tmp_path: Path, small_dataset: Path) -> None:
+    """A run itself may go on under another learning rate; a cell whose result was deleted must not."""
+    cells, experiment = corpus(tmp_path, small_dataset, [{"label": "infonce", "objective": [{"name": "infonce"}]}])
+    out_dir = tmp_path / "out"
+    assert run_missing(out_dir, cells, lambda cell: run_cell(cell, experiment, out_dir)) == []
+    result_path(out_dir, cells[0]).unlink()
+    faster = experiment.model_copy(update={"overrides": (*experiment.overrides, "optimizer.lr=0.5")})
+    failures = run_missing(out_dir, cells, lambda cell: run_cell(cell, faster, out_dir))
+    assert len(failures) == 1
+    assert "was begun with other settings: optimizer.lr is 0.001 there, 0.5 here; delete it" in failures[0]
+    assert str(out_dir / "runs" / cells[0].name) in failures[0]
+    assert run_missing(out_dir, cells, lambda cell: run_cell(cell, experiment, out_dir)) == []
+
+
+def test_a_corpus_that_grew_is_another_experiment(tmp_path: Path, small_dataset: Path) -> None:
+    entries = [{"label": "infonce", "objective": [{"name": "infonce"}]}]
+    cells, _ = corpus(tmp_path, small_dataset, entries)
+    run_missing(tmp_path, cells, lambda cell: Outcome(metrics={}))
+    dataset = json.loads((small_dataset / "dataset.json").read_text())
+    dataset["shards"][0]["sha256"] = "0" * 64
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "dataset.json").write_text(json.dumps(dataset))
+    run = yaml.safe_load((tmp_path / "pretrain.yaml").read_text())
+    run["data"]["train"][0]["path"] = str(other)
+    (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump(run))
+    values = {"name": "corpus", "run": str(tmp_path / "pretrain.yaml"), "overrides": ["schedule.num_steps=2"]}
+    config = check_settings(
+        CompareConfig,
+        {"out_dir": "out", "seeds": [3], "baseline": "infonce", "experiment": values | {"split": "val"},
+         "objectives": entries},
+        "compare.yaml",
+    )  # fmt: skip
+    assert isinstance(config.experiment, CorpusConfig)
+    changed = list_cells(config, cell_config(None, config.experiment, tmp_path / "out"))
+    with pytest.raises(UserError, match=r"experiment\.datasets\."):
+        read_result(tmp_path, changed[0])
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_is_said_with_its_log_and_leaves_no_result(tmp_path: Path, small_dataset: Path) -> None:
     cells, experiment = corpus(tmp_path, small_dataset, [{"label": "infonce", "objective": [{"name": "infonce"}]}])
@@ -131,6 +170,7 @@ def test_mistakes_are_said_before_anything_is_trained(tmp_path: Path, small_data
     )
     with pytest.raises(UserError, match="did you mean 'video'"):
         check_cell(cells[0], experiment, tmp_path / "out")
+    cells, experiment = corpus(tmp_path, small_dataset, [{"label": "a", "objective": [{"name": "gram"}]}])
     elsewhere = experiment.model_copy(update={"overrides": (f"data.train.0.path={tmp_path / 'nothing'}",)})
     with pytest.raises(UserError, match="nothing"):
         check_cell(cells[0], elsewhere, tmp_path / "out")

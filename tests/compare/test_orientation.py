@@ -3,6 +3,7 @@ test samples."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,17 @@ def embeddings(cell: Cell, experiment: SyntheticConfig) -> dict[str, Tensor]:
     return encoders.embed(data.test)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the command has it: results do not depend on the machine's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def reports(label: str) -> list[RetrievalReport]:
     """Of twenty seeds."""
-    torch.set_num_threads(1)
     config = load_settings(CompareConfig, CONFIG, ["experiment.generator.num_test=250"])
     assert isinstance(config.experiment, SyntheticConfig)
     cells = [cell for cell in list_cells(config) if cell.label == label]

@@ -54,6 +54,14 @@ def test_data_weights_and_batches_are_those_of_all_objectives(tmp_path: Path) ->
     entries = [BASELINE, ONE_OF_EACH[[e["label"] for e in ONE_OF_EACH].index("feature_separation")]]
     cells, experiment = cells_and_experiment(tmp_path, entries)
     plain, separated = (build(cell, experiment)[0] for cell in cells)
+    drawn = [draw_data(experiment.generator, cell.modalities, cell.seed) for cell in cells]
+    for part in ("train", "test"):
+        assert all(
+            torch.equal(rows, getattr(drawn[1], part).observed[name])
+            for name, rows in getattr(drawn[0], part).observed.items()
+        )
+    for one, other in zip(*(batches(data.train, experiment.budget, 0) for data in drawn), strict=True):
+        assert all(torch.equal(rows, other.observed[name]) for name, rows in one.observed.items())
     own = plain.state_dict()
     other = separated.state_dict()
     assert len(other) > len(own)  # the second projections
@@ -147,7 +155,7 @@ def test_a_mistake_is_said_before_anything_is_trained(tmp_path: Path, objective:
     assert said in str(caught.value)
 
 
-def test_too_many_modalities_for_an_area_or_for_the_dimensions(tmp_path: Path) -> None:
+def test_too_many_modalities_for_an_area(tmp_path: Path) -> None:
     values = small_values(tmp_path)["experiment"]
     generator = {**values["generator"], "num_modalities": [4]}
     entries = [{"label": "triangle", "objective": [{"name": "triangle", "anchor": "best"}]}]
@@ -156,11 +164,46 @@ def test_too_many_modalities_for_an_area_or_for_the_dimensions(tmp_path: Path) -
         check_cell(cells[0], experiment)
 
 
+def test_too_many_tuples_in_a_batch_are_said_before_anything_is_trained(tmp_path: Path) -> None:
+    symile = {"name": "symile", "candidates": "all", "max_tuples": 50}
+    cells, experiment = cells_and_experiment(tmp_path, [{"label": "a", "objective": [symile]}])
+    with pytest.raises(UserError, match="max_tuples = 50"):
+        check_cell(cells[0], experiment)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("encoder", {"hidden_dim": 8, "embedding_dim": 2}, "expected at least 3, the modalities"),
+        ("generator", {"name": "mixture", "noise_worst": 0.1, "noise_best": 0.3}, "expected at least noise_best"),
+    ],
+)
+def test_sizes_that_cannot_be(tmp_path: Path, key: str, value: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        cells_and_experiment(tmp_path, [BASELINE], **{key: value})
+
+
+def test_an_anchor_is_frozen_where_there_is_one(tmp_path: Path) -> None:
+    plain = {"label": "a", "freeze_anchor": True, "objective": [{"name": "infonce"}]}
+    with pytest.raises(UserError, match="no objective names its anchor"):
+        cells_and_experiment(tmp_path, [plain])
+
+
+def test_labels_of_each_anchor_are_there_once(tmp_path: Path) -> None:
+    entries = [
+        {"label": "bind x1", "objective": [{"name": "infonce", "anchor": "x1"}]},
+        {"label": "bind", "each_anchor": True, "objective": [{"name": "infonce"}]},
+    ]
+    with pytest.raises(UserError, match="'bind x1' is there twice"):
+        cells_and_experiment(tmp_path, entries)
+
+
 def test_retrieval_of_known_embeddings() -> None:
     """x1 = x2, and x3 opposite to them: found by volume, not by cosine; and the sign is seen."""
     rows = torch.nn.functional.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     vectors = {"x1": rows, "x2": rows.clone(), "x3": -rows}
-    found = retrieval_measures(vectors)
+    found = retrieval_measures(vectors, "centroid")
+    assert found["recall_at_1/x3 -> others/own"] == found["recall_at_1/x3 -> others/centroid"] == 0.0
     assert found["recall_at_1/x1 -> x2/cosine"] == 1.0
     assert found["recall_at_1/x1 -> x3/cosine"] == found["recall_at_1/x3 -> others/summed_cosine"] == 0.0
     assert found["recall_at_1/one -> one/cosine"] == pytest.approx(2 / 6)
@@ -169,8 +212,13 @@ def test_retrieval_of_known_embeddings() -> None:
     assert signs["positive_cosine/x1-x3"] == pytest.approx(-1.0)
 
 
-def test_measures_do_not_depend_on_training_mode_or_gradients(tmp_path: Path) -> None:
+def test_measuring_leaves_the_encoders_as_they_were(tmp_path: Path) -> None:
     cells, experiment = cells_and_experiment(tmp_path, [BASELINE])
     data = draw_data(experiment.generator, cells[0].modalities, 0)
     encoders, _ = build(cells[0], experiment)
-    assert measure(encoders, data, experiment) == measure(encoders.eval(), data, experiment)
+    before = {name: value.clone() for name, value in encoders.state_dict().items()}
+    first = measure(encoders, data, experiment, "volume")
+    assert measure(encoders, data, experiment, "volume") == first
+    assert all(torch.equal(value, before[name]) for name, value in encoders.state_dict().items())
+    assert encoders.training
+    assert all(parameter.grad is None for parameter in encoders.parameters())

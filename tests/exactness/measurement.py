@@ -130,9 +130,10 @@ def train(cell: Cell, world: World, folder: Path, batches: Sequence[Batch]) -> T
 def compare(found: Trained, wanted: Trained) -> dict[str, float | str]:
     """Relative differences, by column of the table."""
     weights_off, weights_size = _distance(found.weights, wanted.weights)
-    largest = max(map(abs, wanted.losses))  # a loss may pass through 0
+    losses, right = (torch.tensor(trained.losses, dtype=torch.float64) for trained in (found, wanted))
+    size = right.abs().clamp_min(1e-2 * right.abs().max())  # a loss may pass through 0
     return {
-        "loss": max(abs(a - b) / largest for a, b in zip(found.losses, wanted.losses, strict=True)),
+        "loss": ((losses - right).abs() / size).max().item(),  # NaN where one is NaN
         **compare_gradients(found.gradients, wanted.gradients),
         "weights": weights_off / weights_size,
         "movement": weights_off / wanted.movement,

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from pretrain.objectives import Objective
 from tests.objectives.references import Case
 
 NAMES = ("text", "video", "audio", "depth", "thermal")
 MOST = {"triangle": 3}  # modalities
+# What else an objective can be asked for; one that is not here has nothing of the kind.
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "gram": [{"orientation": 1.0}, {"temperature_form": "divided"}],
+    "pmrl": [{"orientation": 1.0}, {"sign": "free"}],
+    "symile": [{"candidates": "all"}, {}],
+    "centrobind": [{"normalize": True}, {}],
+    "unialign": [{"divergence": True}, {"uniformity": "entropy"}],
+    "brownian_bridge": [{"position": 0.5}],
+    "infonce": [{"within": 1.0, "pairs": [["text", "video+audio"], ["video", "audio"]]}, {"reduce": "mean"}],
+}
 
 
 def unit_rows(count: int, dim: int, modalities: int, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -50,11 +63,29 @@ def random_case(
     )  # fmt: skip
 
 
-def gradients(loss: Tensor, case: Case) -> list[Tensor]:
+def keep(case: Case, rows: list[int]) -> Case:
+    """The case with these samples alone, from the same leaves."""
+
+    def cut(group: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor[rows] for name, tensor in group.items()}
+
+    return Case(
+        vectors=cut(case.vectors), augmented=cut(case.augmented), independent=cut(case.independent),
+        independent_augmented=cut(case.independent_augmented), present=cut(case.present), ids=case.ids[rows],
+    )  # fmt: skip
+
+
+def gradients(loss: Tensor, case: Case, *, retain_graph: bool = False) -> list[Tensor]:
     """With respect to everything; zeros where there is none."""
     if not loss.requires_grad:
         return [torch.zeros_like(leaf) for leaf in case.leaves()]
-    return list(torch.autograd.grad(loss, case.leaves(), materialize_grads=True))
+    return list(torch.autograd.grad(loss, case.leaves(), materialize_grads=True, retain_graph=retain_graph))
+
+
+def scalar_gradients(loss: Tensor, objective: Objective) -> list[Tensor]:
+    """With respect to the learned scalars."""
+    learned = list(objective.parameters())
+    return list(torch.autograd.grad(loss, learned, materialize_grads=True)) if learned else []
 
 
 def degenerate_vectors(
@@ -65,10 +96,13 @@ def degenerate_vectors(
     rows = unit_rows(count, dim, modalities, 7, dtype)
     first = rows[names[0]]
     axes = torch.eye(dim, dtype=dtype)
+    near = {name: first + 1e-7 * row for name, row in rows.items()}
     one_row = {name: row[:1].clone() for name, row in rows.items()}
     places = torch.arange(count)
     return {
         "identical": {name: first.clone() for name in names},
+        "nearly identical": {name: torch.nn.functional.normalize(row, dim=1) for name, row in near.items()},
+        "two identical beside others": rows | {names[0]: first.clone(), names[1]: first.clone()},
         "opposite": {name: first * (-1) ** number for number, name in enumerate(names)},
         "orthogonal": {name: axes[number].repeat(count, 1) for number, name in enumerate(names)},
         "zero rows": {name: row * (places != n)[:, None] for n, (name, row) in enumerate(rows.items())},

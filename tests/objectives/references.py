@@ -66,6 +66,15 @@ def zero(case: Case) -> Tensor:
     return next(iter(case.vectors.values())).sum() * 0
 
 
+def side(case: Case, name: str, i: int) -> Tensor | None:
+    """Of sample i: a modality, or for "video+audio" the unit vector along the sum of what it has; None: nothing."""
+    mine = [case.vectors[one][i] for one in name.split("+") if case.has(i, one)]
+    if not mine:
+        return None
+    total = torch.stack(mine).sum(0)
+    return total / total.norm() if "+" in name else total
+
+
 def cross_entropy(logits: Tensor, ids: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean over rows; another sample of the row's item is no candidate."""
     allowed = (ids[:, None] != ids[None, :]) | torch.eye(len(ids), dtype=torch.bool)
@@ -137,7 +146,11 @@ def pairs_of(case: Case, pairs: str | list[tuple[str, str]], anchor: str | None)
 
 
 def with_both(case: Case, a: str, b: str) -> list[int]:
-    return [i for i in range(case.count) if case.has(i, a, b)]
+    return [i for i in range(case.count) if side(case, a, i) is not None and side(case, b, i) is not None]
+
+
+def sides(case: Case, name: str, kept: list[int]) -> Tensor:
+    return torch.stack([rows for i in kept if (rows := side(case, name, i)) is not None])
 
 
 def over_pairs(
@@ -157,24 +170,23 @@ def infonce(
     case: Case, *, temperature: Temperature, label_smoothing: float = 0.0, within: float = 0.0, **pairs: str | None
 ) -> Tensor:
     def one(a: str, b: str, kept: list[int]) -> Tensor:
-        logits = case.vectors[a][kept] @ case.vectors[b][kept].T / temperature
-        return both_ways(logits, case.ids[kept], label_smoothing)
-
-    value = over_pairs(case, one, **pairs)
-    for name in case.names if within else ():
-        kept = [i for i in range(case.count) if case.has(i, name)]
-        if kept:
+        logits = sides(case, a, kept) @ sides(case, b, kept).T / temperature
+        value = both_ways(logits, case.ids[kept], label_smoothing)
+        for name in (a, b) if within else ():
             logits = case.vectors[name][kept] @ case.augmented[name][kept].T / temperature
-            value = value + within * cross_entropy(logits, case.ids[kept], label_smoothing)
-    return value
+            value = value + within / 2 * cross_entropy(logits, case.ids[kept], label_smoothing)
+        return value
+
+    return over_pairs(case, one, **pairs)
 
 
 def sigmoid(case: Case, *, temperature: Temperature, bias: Tensor | float = -10.0, **pairs: str | None) -> Tensor:
     def one(a: str, b: str, kept: list[int]) -> Tensor:
-        total = zero(case)
+        total, left, right = zero(case), sides(case, a, kept), sides(case, b, kept)
+        place = {i: number for number, i in enumerate(kept)}
         for i, j in itertools.product(kept, kept):
             if i == j or case.ids[i] != case.ids[j]:
-                logit = case.vectors[a][i] @ case.vectors[b][j] / temperature + bias
+                logit = left[place[i]] @ right[place[j]] / temperature + bias
                 total = total - torch.nn.functional.logsigmoid(logit if i == j else -logit)
         return total / len(kept)
 
@@ -182,9 +194,15 @@ def sigmoid(case: Case, *, temperature: Temperature, bias: Tensor | float = -10.
 
 
 def symile(
-    case: Case, *, logit_scale: float | None = None, ratio: Tensor | float = 1.0, reduce: str = "mean"
+    case: Case,
+    *,
+    logit_scale: float | None = None,
+    ratio: Tensor | float = 1.0,
+    reduce: str = "mean",
+    candidates: Mapping[str, Sequence[Sequence[int]]] | None = None,
 ) -> Tensor:
-    """Candidates: all tuples. ratio: of the scale to the default one."""
+    """candidates: of each row's modality, samples of the others in the order of their names; None: all tuples.
+    ratio: of the scale to the default one."""
     enough = set(case.enough())
     known = [name for name in case.names if any(case.has(i, name) for i in enough)]
     dim = next(iter(case.vectors.values())).shape[1]
@@ -201,7 +219,7 @@ def symile(
             for name in others:
                 own = own * (case.vectors[name][i] if case.has(i, name) else fill)
             scores = [own.sum() * scale]
-            for members in itertools.product(*places):
+            for members in itertools.product(*places) if candidates is None else candidates[anchor]:
                 if all(case.ids[j] == case.ids[i] for j in members):
                     continue
                 product = row
@@ -222,9 +240,12 @@ def pmrl(
     value_temperature: float = 0.05,
     temperature: float = 0.1,
     sign: str = "anchor",
+    label_smoothing: float = 0.0,
+    weights: Mapping[str, float] | None = None,
     orientation_weight: float = 0.0,
 ) -> Tensor:
     """By a full SVD; needs singular values that differ."""
+    weight = {"values": 1.0, "contrast": 1.0} | dict(weights or {})
     kept = case.enough()
     if not kept:
         return zero(case)
@@ -240,7 +261,8 @@ def pmrl(
     rows = torch.stack(leading)
     cosines = rows @ rows.T
     logits = (cosines if sign == "anchor" else cosines.square()) / temperature
-    value = torch.stack(values).mean() + cross_entropy(logits, case.ids[kept])
+    value = weight["values"] * torch.stack(values).mean()
+    value = value + weight["contrast"] * cross_entropy(logits, case.ids[kept], label_smoothing)
     return value + orientation_weight * orientation(case, kept) if orientation_weight else value
 
 
@@ -318,20 +340,45 @@ def unialign(
     return value + weight["centroid"] * uniformity(middles, case.ids[kept], centroid_width, uniformity_form)
 
 
+def divergence(case: Case, *, anchor: str = "video", kernel_width: float = 0.5) -> Tensor:
+    """(1 / k) sum_m log int p_m^k - log int prod_m p_m: an integral of p_m f is the mean of f over its samples."""
+    kept = [i for i in range(case.count) if case.has(i, *case.names)]
+    ids = case.ids[kept]
+    counted = (ids[:, None] != ids[None]) | torch.eye(len(kept), dtype=torch.bool)
+
+    def density(at: str, of: str) -> Tensor:
+        distances = (case.vectors[at][kept][:, None] - case.vectors[of][kept][None]).square().sum(2)
+        kernel = torch.exp(-distances / (2 * kernel_width**2))
+        return torch.stack([row[own].mean() for row, own in zip(kernel, counted, strict=True)])
+
+    k = len(case.names)
+    powers = [density(name, name).pow(k - 1).mean().log() for name in case.names]
+    others = torch.stack([density(anchor, name) for name in case.names if name != anchor])
+    return torch.stack(powers).mean() - others.prod(0).mean().log()
+
+
 def feature_separation(
-    case: Case, *, temperature: Temperature, uniformity_t: float = 2.0, reduce: str = "sum", **pairs: str | None
+    case: Case,
+    *,
+    temperature: Temperature,
+    uniformity_t: float = 2.0,
+    weights: Mapping[str, float] | None = None,
+    reduce: str = "sum",
+    **pairs: str | None,
 ) -> Tensor:
+    weight = dict.fromkeys(("orthogonal", "contrast", "uniformity"), 1.0) | dict(weights or {})
+
     def one(a: str, b: str, kept: list[int]) -> Tensor:
         value, potentials = zero(case), zero(case)
         for name in (a, b):
             shared, own, again = (
                 group[name][kept] for group in (case.vectors, case.independent, case.independent_augmented)
             )
-            value = value + (shared * own).sum(1).square().mean()
-            value = value + cross_entropy(own @ again.T / temperature, case.ids[kept])
+            value = value + weight["orthogonal"] * (shared * own).sum(1).square().mean()
+            value = value + weight["contrast"] * cross_entropy(own @ again.T / temperature, case.ids[kept])
             kernel, counted = kernel_matrix(own, case.ids[kept], uniformity_t)
             potentials = potentials + kernel[counted].sum()
-        return value + (potentials / len(kept)).log()
+        return value + weight["uniformity"] * (potentials / len(kept)).log()
 
     return over_pairs(case, one, reduce=reduce, **pairs)
 

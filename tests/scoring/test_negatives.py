@@ -52,11 +52,13 @@ def expected(embeddings: Embeddings, query: str, candidates: str, score: str, to
 @pytest.mark.parametrize(("query", "candidates"), [("text", "video+audio"), ("video+audio", "text"), ("text", "audio")])
 def test_negatives_are_those_of_a_loop(score: str, query: str, candidates: str) -> None:
     embeddings = batch()
+    short = 0
     for top_k in (1, 4, NUM):
         found = hardest_negatives(embeddings, query=query, candidates=candidates, score=score, top_k=top_k, tile=5)
         assert found.indices.tolist() == expected(embeddings, query, candidates, score, top_k)
         assert ((found.indices == -1) == (found.scores == -torch.inf)).all()
-    assert (found.indices == -1).any(), "the test must have samples without negatives enough"
+        short += top_k < NUM and bool((found.indices == -1).any())  # of all, itself is never one
+    assert short or query != "text", "the test must have samples without negatives enough"
 
 
 def test_no_sample_is_its_own_negative() -> None:
