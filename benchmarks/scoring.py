@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.driver_memory import memory_bytes
 from benchmarks.machine import describe_machine
 from pretrain.scoring import search
 
@@ -81,20 +81,17 @@ def run_cell(score: str, num_queries: int, num_candidates: int, method: str) -> 
     candidates = {f"m{n}": rows for n, rows in enumerate(others)}
     whole = _plain if method == "plain" else _tiled
     whole(score, query[:8], {name: rows[:16] for name, rows in candidates.items()})  # loads what is loaded lazily
-    before, start = _peak_bytes(), time.process_time()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
+    before, start = memory_bytes("VmRSS"), time.process_time()
     indices = whole(score, query, candidates)
     seconds = time.process_time() - start
     weights = torch.arange(indices.numel()).view_as(indices) % 9973 + 1
-    return {"seconds": seconds, "peak_bytes": _peak_bytes() - before, "found": int((indices * weights).sum())}
+    return {"seconds": seconds, "peak_bytes": memory_bytes("VmHWM") - before, "found": int((indices * weights).sum())}
 
 
 def _rows(shared: Tensor, num: int, seed: int) -> Tensor:
     noise = torch.randn(num, DIM, generator=torch.Generator().manual_seed(seed + 1))
     return F.normalize(shared[:num] + 2 * noise, dim=1)
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _tiled(score: str, query: Tensor, candidates: dict[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain.collectives import World
 from pretrain.kernels.choice import fused_tiles
-from pretrain.objectives.scores import Rows, Sums, TileScore
+from pretrain.objectives.scores import Rows, Sums, TileScore, part_of
 from pretrain.objectives.terms import Pairs
 from pretrain.pair_grid import PairGrid, Tile
 from pretrain.side_statistics import SideGradients, SideStatistics, Statistic, add_tile, score_gradient
@@ -172,7 +172,7 @@ def _spread(
 
     for number, tile in enumerate(grid.tiles()):
         parts = (*grid.cut(tile, rows, columns), scalars)
-        totals = _part(row_sums, tile.rows), _part(column_sums, tile.columns), scalar_sums
+        totals = part_of(row_sums, tile.rows), part_of(column_sums, tile.columns), scalar_sums
         if isinstance(score, TileScore):
             # What was kept is written over: a second backward finds none.
             scores, more = kept.pop(number) if number in kept else score.forward(*parts)
@@ -191,10 +191,6 @@ def _spread(
         found = torch.autograd.grad(scores, [leaf for leaf, _ in targets], by_score, materialize_grads=True)
         for (_, total), grad in zip(targets, found, strict=True):
             total += grad
-
-
-def _part(sums: Sums, part: slice) -> Sums:
-    return {name: None if total is None else total[part] for name, total in sums.items()}
 
 
 def _leaves(tensors: Rows, sums: Sums) -> Rows:

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton import knobs
 
 from pretrain.kernels.triton_blocks import add_product_kernel, gradient_kernel, statistics_kernel
-from pretrain.objectives.scores import CosineScore, Rows, Sums, VolumeScore, axis_names
+from pretrain.objectives.scores import CosineScore, Rows, Sums, VolumeScore, axis_names, part_of
 from pretrain.pair_grid import PairGrid, Tile
 from pretrain.side_statistics import SideGradients, SideStatistics
 
@@ -111,7 +111,7 @@ class FusedTiles:
                 for vector in (side.shift, side.share, side.by_sum)
             ]
             self._launch(gradient_kernel, grid, inputs, (*vectors, products, slopes, of_rows, of_columns))
-            totals = _part(row_sums, tile.rows), _part(column_sums, tile.columns), scalar_sums
+            totals = part_of(row_sums, tile.rows), part_of(column_sums, tile.columns), scalar_sums
             along_columns, along_rows = of_columns.sum(dim=0), of_rows.sum(dim=0)
             if volume:
                 _add_volume_parts(cut_columns, scalars, totals, along_rows, along_columns)
@@ -187,10 +187,6 @@ def _tile_inputs(grid: PairGrid, tile: Tile, rows: Rows, columns: Rows, scalars:
         row_items=row_items,
         column_items=column_items,
     )
-
-
-def _part(sums: Sums, part: slice) -> Sums:
-    return {name: None if total is None else total[part] for name, total in sums.items()}
 
 
 def _add_volume_parts(

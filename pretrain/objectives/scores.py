@@ -134,6 +134,11 @@ class VolumeScore(TileScore):
                 axis.addmm_(by_product.T, anchor)
 
 
+def part_of(sums: Sums, part: slice) -> Sums:
+    """The sums of some of the rows."""
+    return {name: None if total is None else total[part] for name, total in sums.items()}
+
+
 def axis_names(columns: dict[str, Any]) -> list[str]:
     """Keys of the axes among the columns of a volume."""
     return [name for name in columns if name.startswith("axis ")]
