@@ -59,7 +59,8 @@ class ShardCache:
         while True:
             descriptor = _open_whole(path, num_bytes)
             if descriptor is not None:
-                os.utime(path)
+                with suppress(PermissionError):  # another user's, in a cache that several share
+                    os.utime(path)
                 return descriptor
             self.fetch_shard(sha256, num_bytes, download)
 
@@ -128,6 +129,8 @@ class ShardCache:
     def _lock(self, name: str, wait: bool = True) -> Iterator[None]:
         """One of 257 file locks: names begin with two hexadecimal digits, and one is for making room."""
         descriptor = os.open(self.folder / "locks" / name, os.O_RDWR | os.O_CREAT, 0o666)
+        with suppress(PermissionError):
+            os.fchmod(descriptor, 0o666)  # whatever the umask: of all who share the cache
         try:
             _flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), self.folder)
             yield
@@ -173,9 +176,11 @@ def _open_whole(path: Path, num_bytes: int) -> int | None:
 
 def _remove_unless_open(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR)  # NFS gives exclusive locks to those only who may write
     except FileNotFoundError:
         return True
+    except PermissionError:
+        return False
     try:
         _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, path.parent)
         path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from data_pipeline.location import dataset_name, is_url
 from data_pipeline.settings import UserError, nearest
 from data_pipeline.shard_cache import ShardCache
 from data_pipeline.shard_schema import INDEX_SCHEMA, SCHEMA_VERSION, DamagedMember, ShardInfo
-from data_pipeline.shard_store import NUM_CONNECTIONS, open_files
+from data_pipeline.shard_store import NUM_CONNECTIONS, ShardUnavailable, open_files
 
 
 def read_file(location: Path | str, name: str) -> bytes:
@@ -100,10 +101,11 @@ class ShardedDataset:
         split: the split to read; None for all.
         shards: these, in this order, whatever the dataset holds by now; None: those it holds now.
         cache: for local copies of a URL's files; None: one in the user's cache folder.
-        max_open_files: tars held open at once.
+        max_open_files: tars held open at once; None: 64, of a URL 8, since what is open cannot leave the cache.
 
     Raises:
-        UserError: no dataset, another schema version, no such split, or files that cannot be had from their store.
+        UserError: no dataset, another schema version, no such split, files that cannot be had from their store, or an
+            index that is not the one of dataset.json.
     """
 
     def __init__(
@@ -113,17 +115,19 @@ class ShardedDataset:
         *,
         shards: Sequence[ShardInfo] | None = None,
         cache: ShardCache | None = None,
-        max_open_files: int = 64,
+        max_open_files: int | None = None,
     ) -> None:
         self.location = str(location)
         self.split = split
         self.shards = shards_of(location, split) if shards is None else list(shards)
         self.shard_sizes = [shard.num_samples for shard in self.shards]
         self._files = open_files(location, cache)
-        tables = [pq.read_table(path, schema=INDEX_SCHEMA) for path in self._files.indices(self.shards)]
-        self.index: pa.Table = pa.concat_tables(tables).combine_chunks() if tables else INDEX_SCHEMA.empty_table()
+        places = zip(self.shards, self._files.indices(self.shards), strict=True)
+        self._indices = [_read_index(self.location, shard, path) for shard, path in places]
+        # In chunks: the strings of a large split are more than the 2 GiB that offsets of 32 bits can name.
+        self.index: pa.Table = pa.concat_tables(self._indices) if self._indices else INDEX_SCHEMA.empty_table()
         self._shard_ends = list(accumulate(self.shard_sizes))
-        self._max_open_files = max_open_files
+        self._max_open_files = max_open_files or (8 if self.is_remote else 64)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._expected: list[int] = []
 
@@ -152,7 +156,9 @@ class ShardedDataset:
 
     def row(self, position: int) -> dict[str, Any]:
         """The index row of the sample at `position`, a plain dict of the columns of `INDEX_SCHEMA`."""
-        row = self.index.slice(position, 1).to_pylist()[0]
+        shard = self._shard_of(position)
+        first = self._shard_ends[shard] - self.shard_sizes[shard]
+        row = self._indices[shard].slice(position - first, 1).to_pylist()[0]
         assert isinstance(row, dict)
         return row
 
@@ -165,17 +171,21 @@ class ShardedDataset:
         """The bytes of a sample's member in `slot`; None when the sample has none.
 
         Raises:
-            DamagedMember: the file cannot be read, is too short, or the bytes fail their checksum.
-            ShardUnavailable: the shard cannot be fetched.
+            DamagedMember: a local tar is gone or unreadable there, is too short, or the bytes fail their checksum.
+            ShardUnavailable: the shard cannot be fetched or opened: no permission, too many open files, a file system
+                that is away. That is not the sample's fault, and passes.
         """
         row = self.row(position) if row is None else row
         if row[f"{slot}_ext"] is None:
             return None
         shard = self._shard_of(position)
         try:
-            data = os.pread(self._descriptor(shard), row[f"{slot}_bytes"], row[f"{slot}_offset"])
+            data = _pread(self._descriptor(shard), row[f"{slot}_bytes"], row[f"{slot}_offset"])
         except OSError as error:
-            raise DamagedMember(f"{self.shards[shard].path}: {error.strerror}") from error
+            said = f"{self.shards[shard].path}: {error.strerror}"
+            if error.errno in (errno.ENOENT, errno.EIO):
+                raise DamagedMember(said) from error
+            raise ShardUnavailable(f"dataset {self.location}: {said}") from error
         if zlib.crc32(data) != row[f"{slot}_crc32"]:
             raise DamagedMember(f"{self.shards[shard].path}: checksum of {row['key']}.{row[f'{slot}_ext']} differs")
         return data
@@ -199,3 +209,30 @@ class ShardedDataset:
         """Close the open tars."""
         while self._open:
             os.close(self._open.popitem()[1])
+
+
+def _read_index(location: str, shard: ShardInfo, path: Path) -> pa.Table:
+    """The index of a shard.
+
+    Raises:
+        UserError: it is not there, is no table, or has not as many rows as the shard has samples.
+    """
+    place = f"dataset {location}: index {shard.index_path}"
+    try:
+        table = pq.read_table(path, schema=INDEX_SCHEMA)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{place}: cannot be read ({error}); copy the dataset again, or shard it again") from error
+    if table.num_rows != shard.num_samples:
+        raise UserError(
+            f"{place}: {table.num_rows} rows found, dataset.json expects {shard.num_samples}; copy the dataset again"
+        )
+    return table
+
+
+def _pread(descriptor: int, num_bytes: int, offset: int) -> bytes:
+    """So many bytes, or those up to the end of the file: one call returns 2 GiB at most."""
+    parts = []
+    while num_bytes and (part := os.pread(descriptor, num_bytes, offset)):
+        parts.append(part)
+        num_bytes, offset = num_bytes - len(part), offset + len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

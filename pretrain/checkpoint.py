@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,15 @@ from data_pipeline.shards import file_sha256
 FORMAT_VERSION = 3
 
 
+NAME = re.compile(r"step-(\d{8,})")
+
+
 class OtherFormat(UserError):
     """A checkpoint of another format version."""
+
+
+class Unreadable(UserError):
+    """Files of a checkpoint are there and cannot be read now: no permission, a file system that is away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,7 @@ class Progress:
     """How far a run is.
 
     step: steps made. position: samples drawn. num_updates: steps that changed the weights; the others were skipped,
-    num_skipped of them in a row just now. best_score, best_step: of validation.
+    num_skipped of them in a row just now. best_score, best_step: of validation; best_of: digest of what it measures.
     """
 
     step: int = 0
@@ -47,6 +55,7 @@ class Progress:
     num_skipped: int = 0
     best_score: float | None = None
     best_step: int | None = None
+    best_of: str | None = None
 
 
 def checkpoints_folder(run: Path) -> Path:
@@ -60,8 +69,15 @@ def checkpoint_name(step: int) -> str:
 
 
 def finished_checkpoints(run: Path) -> list[Path]:
-    """Committed checkpoints of a run, oldest first."""
-    return sorted(path for path in checkpoints_folder(run).glob("step-*") if (path / "checkpoint.json").is_file())
+    """Committed checkpoints of a run, oldest first; nothing that is called otherwise: copies, set aside."""
+    found = {path: NAME.fullmatch(path.name) for path in checkpoints_folder(run).glob("step-*")}
+    named = [path for path, match in found.items() if match and (path / "checkpoint.json").is_file()]
+    return sorted(named, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def read_description(checkpoint: Path) -> dict[str, Any]:
@@ -69,14 +85,17 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         OtherFormat: another format version.
-        UserError: unreadable.
+        Unreadable: the file is there and cannot be read.
+        UserError: there is none, or it is no description.
     """
     path = checkpoint / "checkpoint.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         version = description["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: not a checkpoint description ({error})") from error
+    except OSError as error:
+        raise Unreadable(f"checkpoint {path}: cannot be read: {error.strerror}") from error
     if version != FORMAT_VERSION:
         raise OtherFormat(
             f"checkpoint {path}: format version {version} found, {FORMAT_VERSION} expected: "
@@ -94,17 +113,20 @@ def read_progress(checkpoint: Path) -> Progress:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None: every checksum fits.
 
-    Raises:
+    Raises, since it may be whole and is not to be passed over for an older one or for nothing:
         OtherFormat: another version of parallelotope wrote it.
+        Unreadable: the files cannot be read now.
     """
     try:
         for name, sha256 in read_description(checkpoint)["files"].items():
             if file_sha256(checkpoint / name) != sha256:
                 return f"checksum of {name} differs"
-    except OtherFormat:
-        raise  # it is whole, and not to be passed over for an older one or for nothing
-    except (UserError, OSError) as error:
+    except (OtherFormat, Unreadable):
+        raise
+    except (UserError, FileNotFoundError) as error:
         return str(error)
+    except OSError as error:
+        raise Unreadable(f"checkpoint {checkpoint}: cannot be read: {error.strerror}") from error
     return None
 
 
@@ -115,13 +137,28 @@ def newest_whole(run: Path, before_step: int | None = None) -> tuple[Path | None
     """
     notes: list[str] = []
     for checkpoint in reversed(finished_checkpoints(run)):
-        if before_step is not None and checkpoint.name >= checkpoint_name(before_step):
+        if before_step is not None and step_of(checkpoint) >= before_step:
             continue
         problem = damage(checkpoint)
         if problem is None:
             return checkpoint, notes
         notes.append(f"checkpoint {checkpoint} is damaged ({problem}): using the one before")
     return None, notes
+
+
+def set_aside(run: Path, after_step: int) -> list[str]:
+    """Rename checkpoints of later steps, which are damaged, so that new ones do not count as older than they are.
+
+    Returns a line for each.
+    """
+    lines = []
+    for checkpoint in finished_checkpoints(run):
+        if step_of(checkpoint) > after_step:
+            place = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(checkpoint, place)
+            lines.append(f"{checkpoint} is now {place.name}: delete it when nobody wants to look at it")
+    return lines
 
 
 def locate(path: Path, which: str) -> Path:
@@ -211,11 +248,14 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in parameters}
 
 
-def load_weights(model: torch.nn.Module, tensors: StoredTensors, leave: Sequence[str] = ()) -> list[str]:
+def load_weights(
+    model: torch.nn.Module, tensors: StoredTensors, leave: Sequence[str] = (), fresh: Sequence[str] = ()
+) -> list[str]:
     """Put weights and buffers into `model`, before the engine takes it.
 
     leave: beginnings of names whose weights stay as they are where the checkpoint has no such weight of that shape.
-    Returns a line for each weight that was left so.
+    fresh: beginnings of names whose weights stay as they are whatever it has. Returns a line for each weight that was
+    left for its shape.
 
     Raises:
         UserError: names or shapes do not fit.
@@ -228,6 +268,8 @@ def load_weights(model: torch.nn.Module, tensors: StoredTensors, leave: Sequence
     for key in sorted(set(wanted) | set(found)):
         here, there = wanted.get(key), found.get(key)
         name = key.split("/", 1)[1]
+        if name.startswith(tuple(fresh)):
+            continue
         if here == there:
             with torch.no_grad():
                 state[name].copy_(tensors[key])
@@ -249,10 +291,9 @@ def to_prune(run: Path, keep_last: int, best_step: int | None, keep_every_steps:
     """Checkpoints but the newest `keep_last` (at least one), the best, and those whose step `keep_every_steps` divides;
     and leftovers of interrupted saves."""
     old = finished_checkpoints(run)[: -max(1, keep_last)]
-    steps = {path: int(path.name.removeprefix("step-")) for path in old}
-    kept = {path for path, step in steps.items() if keep_every_steps and step % keep_every_steps == 0}
+    kept = {path for path in old if keep_every_steps and step_of(path) % keep_every_steps == 0}
     leftovers = checkpoints_folder(run).glob(".step-*.partial")
-    return [*(path for path in old if path not in kept and steps[path] != best_step), *leftovers]
+    return [*(path for path in old if path not in kept and step_of(path) != best_step), *leftovers]
 
 
 def prune(run: Path, keep_last: int, best_step: int | None, keep_every_steps: int | None = None) -> None:

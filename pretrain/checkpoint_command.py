@@ -26,7 +26,7 @@ def list_checkpoints(
 
     paths = _checkpoints(run)
     table = Table("step", "samples drawn", "skipped in a row", "ranks", "size", "saved", "", "state")
-    best = read_description(paths[-1])["progress"]["best_step"]
+    best = _best_step(paths)
     num_damaged = 0
     for path in paths:
         try:
@@ -85,13 +85,18 @@ def prune_checkpoints(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
 ) -> None:
     """Delete checkpoints; the best one stays. Refused while the run is under way."""
-    from pretrain.checkpoint import prune, read_progress, to_prune
+    from pretrain.checkpoint import damage, prune, to_prune
     from pretrain.run_lock import hold_run
 
-    paths = _checkpoints(run)
-    best = read_progress(paths[-1]).best_step
+    _checkpoints(run)
     lock = hold_run(run)
     try:
+        paths = _checkpoints(run)
+        best = _best_step(paths)
+        for path in reversed(paths[-keep_last:]):
+            problem = damage(path)
+            if problem is not None:
+                raise UserError(f"checkpoint {path} is damaged ({problem}): move it away first, others would go for it")
         doomed = to_prune(run, keep_last, best, keep_every)
         size = _size(sum(_num_bytes(path) for path in doomed))
         if not dry_run:
@@ -109,6 +114,18 @@ def _checkpoints(run: Path) -> list[Path]:
     if not paths:
         raise UserError(f"run {run}: no checkpoint found; expected {checkpoints_folder(run)}/step-*")
     return paths
+
+
+def _best_step(paths: list[Path]) -> int | None:
+    """The best step that the newest checkpoint knows which can say it."""
+    from pretrain.checkpoint import read_progress
+
+    for path in reversed(paths):
+        try:
+            return read_progress(path).best_step
+        except UserError:
+            continue
+    return None
 
 
 def _chosen(run: Path, step: int | None) -> Path:

@@ -40,6 +40,8 @@ from pretrain.engine import Engine
 from pretrain.identity import Identity
 from pretrain.tensor_file import write_tensors
 
+MAX_ERRNO = 1 << 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Pending:
@@ -166,16 +168,17 @@ class CheckpointWriter:
         return shapes
 
     def _agree(self, problem: OSError | None, final: Path, partial: Path) -> None:
-        """All ranks go on, or all raise with the same reason."""
-        mine = 0 if problem is None else problem.errno or errno.EIO
-        number = int(self._world.max(torch.tensor([mine], device=self._world.device)).item())
-        if number == 0:
+        """All ranks go on, or all raise with the same reason, that of the highest rank that has one."""
+        mine = 0 if problem is None else (self._world.rank + 1) * MAX_ERRNO + (problem.errno or errno.EIO)
+        worst = int(self._world.max(torch.tensor([mine], device=self._world.device)).item())
+        if worst == 0:
             return
+        rank, number = worst // MAX_ERRNO - 1, worst % MAX_ERRNO
         if self._world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         self._world.barrier()
         raise UserError(
-            f"checkpoint {final}: cannot save: {os.strerror(number)}; earlier checkpoints are whole, "
+            f"checkpoint {final}: cannot save, rank {rank}: {os.strerror(number)}; earlier checkpoints are whole, "
             "the run resumes from them"
         )
 

@@ -250,14 +250,16 @@ class Engine:
     def set_moments(self, moments: Mapping[str, Tensor], num_updates: int) -> None:
         """Give every trainable parameter its moments ("exp_avg/NAME", whole) and the optimizer its count of updates.
 
-        Those that are not given are zero. Each rank keeps the slices it owns, so ranks and ZeRO stage may differ from
-        those that saved them.
+        Those that are not given, or are of another shape, are zero. Each rank keeps the slices it owns, so ranks and
+        ZeRO stage may differ from those that saved them.
         """
         self._create_moments(num_updates)
         for name, parameter in self.trainable():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
             for key in self.moment_names:
-                if f"{key}/{name}" in moments:
-                    self._set_moment(parameter, key, moments[f"{key}/{name}"].to(parameter.device))
+                moment = moments.get(f"{key}/{name}")
+                if moment is not None and moment.shape == shape:
+                    self._set_moment(parameter, key, moment.to(parameter.device))
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if self._stage == 0:

@@ -20,6 +20,7 @@ from pretrain.grad_cache import no_stage
 from pretrain.identity import check_tokenizer
 from pretrain.kept_embeddings import KeptEmbeddings
 from pretrain.model import PretrainModel
+from pretrain.resume import load_model
 from pretrain.retrieval import JOINT_SCORES, evaluate_retrieval
 from pretrain.retrieval_report import RetrievalMetrics, RetrievalReport
 from pretrain.scoring import names as score_names
@@ -128,7 +129,7 @@ def load_run(run: Path, which: str = "best") -> tuple[RunConfig, PretrainModel, 
     Raises:
         UserError: no run or no whole checkpoint there.
     """
-    folder = run.parent.parent if (run / "checkpoint.json").is_file() else run
+    folder = run.resolve().parent.parent if (run / "checkpoint.json").is_file() else run
     config = load_settings(RunConfig, folder / "config.yaml")
     source = checkpoint.locate(run, which)
     towers = config.towers.model_copy(
@@ -138,7 +139,7 @@ def load_run(run: Path, which: str = "best") -> tuple[RunConfig, PretrainModel, 
     )
     check_tokenizer(source, checkpoint.read_description(source)["identity"], config)
     model = PretrainModel(config.model_copy(update={"towers": towers}))  # its weights come from the checkpoint
-    checkpoint.load_weights(model, checkpoint.StoredTensors(source))
+    load_model(model, checkpoint.StoredTensors(source))
     return config, model.eval(), source
 
 

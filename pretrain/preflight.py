@@ -119,7 +119,7 @@ def run_folder(run: Path, which: str) -> Path:
         raise UserError(f"--checkpoint {which}: {nearest(which, ['best', 'last'])}")
     if not run.is_dir():
         raise UserError(f"run {run}: no such folder; expected a run_dir of 'parallelotope pretrain'")
-    folder = run.parent.parent if (run / "checkpoint.json").is_file() else run
+    folder = run.resolve().parent.parent if (run / "checkpoint.json").is_file() else run
     if not (folder / "config.yaml").is_file():
         raise UserError(f"run {run}: no config.yaml in it; expected a run_dir of 'parallelotope pretrain'")
     return folder

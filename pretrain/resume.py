@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from data_pipeline.settings import UserError
 from pretrain.checkpoint import (
@@ -14,21 +19,27 @@ from pretrain.checkpoint import (
     locate,
     newest_whole,
     read_description,
+    set_aside,
+    step_of,
 )
 from pretrain.collectives import World
 from pretrain.config import RunConfig
-from pretrain.identity import Identity, check_identity
+from pretrain.identity import Identity, check_identity, check_tokenizer
 from pretrain.model import PretrainModel
+from pretrain.run_lock import NAME, WAIT_S
 
 PARTS = {"towers": ("towers.", "average."), "embedding_dim": ("towers.", "average."), "objective": ("objective.",)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Progress of a run and the stored state to go on with; None: its first step is still to come. notes: to tell."""
+    """Progress of a run and the stored moments to go on with, by their names; None: its first step is still to come.
+
+    notes: to tell.
+    """
 
     progress: Progress
-    tensors: StoredTensors | None
+    moments: Mapping[str, Tensor] | None
     notes: list[str]
 
 
@@ -42,34 +53,78 @@ def restore(config: RunConfig, model: PretrainModel, identity: Identity, source:
     """
     if source is None:
         if config.init_from is None:
-            return Start(progress=Progress(), tensors=None, notes=[])
+            return Start(progress=Progress(), moments=None, notes=[])
         source = locate(Path(config.init_from), "last")
-        load_weights(model, StoredTensors(source))
-        return Start(progress=Progress(), tensors=None, notes=[f"weights from {source}"])
+        found = read_description(source)["identity"]
+        check_tokenizer(source, found, config)
+        notes = load_model(model, StoredTensors(source), fresh=_fresh(found, identity))
+        return Start(progress=Progress(), moments=None, notes=[*notes, f"weights from {source}"])
     description = read_description(source)
     notes = check_identity(source, description["identity"], identity, config.accept)
-    tensors = StoredTensors(source)
-    notes += load_weights(model, tensors, _may_differ(config.accept))
+    tensors, fresh = StoredTensors(source), _fresh(description["identity"], identity)
+    notes += load_model(model, tensors, [part for name in config.accept for part in PARTS.get(name, ())], fresh)
     notes.append(f"resumed from {source}")
-    return Start(progress=Progress(**description["progress"]), tensors=tensors, notes=notes)
+    moments = LazyTensors(tensors, [name for name in tensors if not name.split("/", 1)[1].startswith(tuple(fresh))])
+    return Start(progress=Progress(**description["progress"]), moments=moments, notes=notes)
 
 
-def _may_differ(accept: Sequence[str]) -> list[str]:
-    return [part for name in accept for part in PARTS.get(name, ())]
+def _fresh(found: dict[str, Any], identity: Identity) -> list[str]:
+    """Beginnings of the names of what starts afresh: a scalar means something else under another objective."""
+    return [] if found.get("objective") == identity.objective else list(PARTS["objective"])
+
+
+def load_model(
+    model: PretrainModel, tensors: StoredTensors, leave: Sequence[str] = (), fresh: Sequence[str] = ()
+) -> list[str]:
+    """`checkpoint.load_weights`, where a run may have begun to keep an average of its towers, or ceased to."""
+    stored = any(name.startswith("weight/average.") for name in tensors)
+    here = model.average is not None
+    notes = [f"learned scalars of the objective begin afresh: {tensors.checkpoint} has another one"] if fresh else []
+    notes += load_weights(model, tensors, leave, fresh if stored == here else [*fresh, "average."])
+    if model.average is not None and not stored:
+        model.average.load_state_dict(model.towers.state_dict())
+        notes.append(f"{tensors.checkpoint} keeps no average: it begins as the towers it has")
+    elif stored and not here:
+        notes.append(f"the average in {tensors.checkpoint} is not taken: train.ema_decay is null")
+    return notes
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Some of the tensors of a checkpoint."""
+
+    def __init__(self, tensors: StoredTensors, names: Sequence[str]) -> None:
+        self._tensors, self._names = tensors, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def newest_checkpoint(run: Path, world: World) -> tuple[Path | None, list[str]]:
     """The checkpoint that a run goes on from, and what is to be said of it. A collective call.
 
-    Rank 0 chooses, since it alone reads every byte.
+    Rank 0 chooses, since it alone reads every byte; it holds the run, and sets newer ones, which are damaged, aside.
 
     Raises:
-        UserError: on every rank: the newest one has another format.
+        UserError: on every rank: the newest has another format or cannot be read; there are some, and none is whole.
     """
     answer: dict[str, str | list[str] | None] = {}
     if world.rank == 0:
         try:
             found, notes = newest_whole(run)
+            if found is None and notes:
+                raise UserError(
+                    f"run {run}: none of its {len(notes)} checkpoints is whole, the oldest: {notes[-1]}; restore one, "
+                    "or train in another run_dir"
+                )
+            notes += [] if found is None else set_aside(run, step_of(found))
             answer = {"found": None if found is None else str(found), "notes": notes, "error": None}
         except UserError as error:
             answer = {"error": str(error)}
@@ -79,3 +134,21 @@ def newest_checkpoint(run: Path, world: World) -> tuple[Path | None, list[str]]:
     found_path, lines = answer["found"], answer["notes"]
     assert isinstance(lines, list)
     return None if found_path is None else Path(str(found_path)), lines
+
+
+def check_shared(run: Path, world: World) -> None:
+    """Refuse a run folder that is not the same on all nodes. A collective call; rank 0 holds the run.
+
+    Raises:
+        UserError: on every rank, names the first that does not see what rank 0 wrote.
+    """
+    place = run / NAME
+    written = world.share(place.read_text() if world.rank == 0 else None)
+    deadline = time.monotonic() + WAIT_S  # network file systems show what is new after a while
+    while not (seen := place.is_file() and place.read_text() == written) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = world.size - int(world.max(torch.tensor([0 if seen else world.size - world.rank], device=world.device)))
+    if blind < world.size:
+        raise UserError(
+            f"run_dir {run}: rank {blind} does not see what rank 0 wrote there; expected a folder that all nodes share"
+        )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from data_pipeline.settings import UserError
+from data_pipeline.shards import publish
 from pretrain.data.batch import Batch
 from pretrain.retrieval_report import RetrievalMetrics
 
@@ -41,6 +41,7 @@ class StageClock:
     def stage(self, name: str) -> Iterator[None]:
         """Time what happens inside."""
         outer, _ = self._position
+        outer = "between stages" if outer == "start" else outer
         self._position = (name, time.monotonic())
         started, before = self._now(), self._inner_s
         self._inner_s = 0.0
@@ -107,10 +108,12 @@ class RunLog:
         shares = [f"{name} {100 * v / sum(times.values()):.0f}%" for name, v in times.items()]
         step_s = sum(seconds for name, seconds in times.items() if name not in BETWEEN_STEPS)
         left_s = (self._num_steps - step) * step_s
+        num_problems = values.get("data_problems", 0.0)
+        problems = f"  {num_problems:.0f} data problems" if num_problems else ""
         return (
             f"step {step}/{self._num_steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
             f"grad {values['grad_norm']:.2f}  cos {', '.join(cosines)}  {values['samples_per_s']:.0f} samples/s  "
-            f"({', '.join(shares)})  about {left_s:.0f} s left"
+            f"({', '.join(shares)})  about {left_s:.0f} s left{problems}"
         )
 
     def validation(self, step: int, report: dict[str, Any], found: RetrievalMetrics) -> None:
@@ -205,4 +208,4 @@ def keep_until(path: Path, step: int) -> None:
     partial = path.with_name(f".{path.name}.partial")
     kept = [record for record in read_lines(path) if record["step"] <= step]
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(partial, path)
+    publish(partial, path)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.config import digest_of
 from data_pipeline.shards import ShardCache, ShardedDataset
+from pretrain.checkpoint import Progress
 from pretrain.collectives import World
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
@@ -46,14 +48,14 @@ class Session:
         self.identity = Identity.of(config, pins_digest(pins))
         model = PretrainModel(config)
         start = restore(config, model, self.identity, source)
-        self.progress, self.notes = start.progress, start.notes
+        self.progress, self.notes = self._with_own_best(start.progress), start.notes
         # Counted before ZeRO takes the parameters apart.
         num_held_out = None if self.validation is None else len(self.validation)
         self.facts = RunFacts.of(model, config, world, len(self.dataset), num_held_out)
         groups = parameter_groups(model, config.optimizer.weight_decay)
         self.engine = Engine(model.to(world.device), groups, config, world)
-        if start.tensors is not None:
-            self.engine.set_moments(start.tensors, self.progress.num_updates)
+        if start.moments is not None:
+            self.engine.set_moments(start.moments, self.progress.num_updates)
         self.clock = StageClock(world.device)
         self.cache = GradCache(
             engine=self.engine,
@@ -63,6 +65,20 @@ class Session:
             loss_dtype=torch.float64 if config.train.loss_precision == "fp64" else torch.float32,
             stage=self.clock.stage,
         )
+
+    def _with_own_best(self, progress: Progress) -> Progress:
+        """Without a best score that measured something else: another validation split, objective or model."""
+        if self.validation is None:
+            return progress
+        measured = digest_of(
+            {
+                "samples": [self.validation.digest, self.config.validation.max_samples],
+                "model": [self.identity.towers, self.identity.embedding_dim, self.identity.objective],
+            }
+        )
+        if progress.best_of == measured:
+            return progress
+        return replace(progress, best_score=None, best_step=None, best_of=measured)
 
     def loader(self) -> TrainLoader:
         """This rank's rows of the global batches that are still to come."""

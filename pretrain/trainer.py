@@ -17,11 +17,11 @@ from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
-from pretrain.data.pins import shared_pins
+from pretrain.data.pins import keep_accepted, shared_pins
 from pretrain.evaluate import validation_score
 from pretrain.identity import differences
 from pretrain.kept_embeddings import embeddings_path
-from pretrain.resume import newest_checkpoint
+from pretrain.resume import check_shared, newest_checkpoint
 from pretrain.run_lock import hold_run
 from pretrain.run_log import BETWEEN_STEPS, RunLog
 from pretrain.session import Session
@@ -44,14 +44,18 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.stop = stop or StopRequest()
         self.lock = hold_run(self.run_dir) if world.rank == 0 else None
+        check_shared(self.run_dir, world)
         source, notes = newest_checkpoint(self.run_dir, world)
         pins, grown = shared_pins(config, world, begun=source is not None)
         self.session = Session(config, world, source, pins)
+        if world.rank == 0:
+            keep_accepted(config, pins)
         self.session.notes[:0] = [*notes, *grown]
         self.clock = self.session.clock
         self.writer = CheckpointWriter(config, self.session.engine, self.session.identity, world)
         self.last_save = time.monotonic()
         self.next_report = 0.0  # of the monotonic clock
+        self.num_unreadable = 0  # steps in a row
 
     def run(self) -> int:
         """Train to the last step of the schedule, or until asked to stop. Returns the exit code."""
@@ -78,6 +82,7 @@ class Trainer:
                 self._log(log, batch, {**metrics, "data_problems": problems, "skipped": float(not applied)})
                 if not applied:
                     self._bear_skipped(log, batch, metrics)
+                self._bear_unreadable(problems)
                 validate = session.validation is not None and (
                     step % config.validation.every_steps == 0 or step == last
                 )
@@ -127,6 +132,17 @@ class Trainer:
                 f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite for "
                 f"{in_a_row} steps in a row, faults.max_skipped_steps allows {self.config.faults.max_skipped_steps}; "
                 f"look at one with 'parallelotope replay {self.run_dir} --step {step}', or lower optimizer.lr"
+            )
+
+    def _bear_unreadable(self, num_problems: float) -> None:
+        """End a run that trains on what it cannot read, on every rank alike, before its checkpoints are all of that."""
+        step, allowed = self.session.progress.step, self.config.faults.max_unreadable_steps
+        self.num_unreadable = self.num_unreadable + 1 if num_problems >= self.config.train.global_batch else 0
+        if self.num_unreadable > allowed:
+            raise UserError(
+                f"step {step}: {num_problems:.0f} data problems in a global batch of {self.config.train.global_batch}, "
+                f"as in the {allowed} steps before; faults.max_unreadable_steps allows {allowed}: see "
+                f"{self.run_dir / 'data_problems'}; is the dataset still there?"
             )
 
     def _validate(self, log: RunLog) -> bool:

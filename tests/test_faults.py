@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,13 +32,13 @@ BAD_STEP = 3
 
 
 def train_with_a_bad_step(world: World, argument: list[Any]) -> int:
-    """A run in which rank 1 finds something in one embedding of one step that is no number."""
+    """A run in which the video embeddings of rank 1 are no numbers in some steps."""
     path, bad_steps = argument
     trainer = Trainer(load_settings(RunConfig, Path(path)), world)
 
     def spoil(module: nn.Module, inputs: Any, output: dict[str, Tensor]) -> dict[str, Tensor]:
         if world.rank == 1 and trainer.session.progress.step + 1 in bad_steps and module.training:
-            return {view: torch.cat([rows[:-1], rows[-1:] * torch.nan]) for view, rows in output.items()}
+            return {view: rows * torch.nan for view, rows in output.items()}
         return output
 
     model = trainer.session.engine.model
@@ -95,6 +96,25 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path, small_datas
     skipped = [record["step"] for record in read_lines(run / "skipped_steps" / "rank-00001.jsonl")]
     assert len(skipped) == 3
     assert max(record["step"] for record in read_lines(run / METRICS)) == skipped[-1]
+
+
+def test_a_run_that_reads_nothing_any_more_ends(tmp_path: Path, small_dataset: Path) -> None:
+    """Captions come from the index, so steps would go on without a picture, over the checkpoints that are good."""
+    dataset = tmp_path / "dataset"
+    shutil.copytree(small_dataset, dataset)
+    for tar in dataset.glob("*.tar"):
+        os.truncate(tar, 512)
+    config = write_config(
+        tmp_path / "config.yaml", dataset, tmp_path / "run", faults={"max_unreadable_steps": 2},
+        schedule={"num_steps": 14, "warmup_steps": 0}, validation={"every_steps": 100},
+    )  # fmt: skip
+    output = finish(config, 2, expected_code=2)
+    lines = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, output
+    assert "step 3: " in lines[0]
+    assert "as in the 2 steps before; faults.max_unreadable_steps allows 2" in lines[0]
+    assert "data problems" in next(line for line in output.splitlines() if line.startswith("step 1/14"))
+    assert [record["step"] for record in read_lines(tmp_path / "run" / METRICS)] == [1, 2, 3]
 
 
 def descendants(pid: int) -> Iterator[int]:

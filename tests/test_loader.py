@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from data_pipeline.settings import UserError
-from data_pipeline.shards import ShardedDataset
+from data_pipeline.shards import ShardedDataset, ShardUnavailable
 from pretrain.config import VideoTowerConfig
 from pretrain.data import tokenize
 from pretrain.data.batch import Batch, LoadEvent
@@ -232,6 +235,39 @@ def test_a_lost_or_cut_tar_masks_what_was_in_it(folder: Path, tmp_path: Path) ->
         assert not batch.present["audio"].any()
         assert batch.present["text"].tolist() == [True, True, False, True]
         assert len(batch.events) == 6  # of eight members two never were
+
+
+def test_what_is_not_the_samples_fault_ends_the_run_instead(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tar that cannot be opened just now (too many open files) would mask other rows than the next time."""
+    copy = damage(folder, tmp_path / "copy", lambda tar, index: None)
+
+    def too_many(path: str, flags: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("data_pipeline.shard_store.os.open", too_many)
+    with pytest.raises(ShardUnavailable, match=r"shard-000000\.tar: Too many open files"):
+        evaluation(copy, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda index: index.unlink(), "cannot be read"),
+        (lambda index: os.truncate(index, 100), "cannot be read"),
+        (lambda index: pq.write_table(pq.read_table(index).slice(1), index), "3 rows found, dataset.json expects 4"),
+    ],
+)
+def test_an_index_that_is_not_whole_is_one_line(
+    folder: Path, tmp_path: Path, change: Callable[[Path], None], said: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    change(tmp_path / "copy" / "shard-000000.parquet")
+    with pytest.raises(UserError, match=said) as caught:
+        ShardedDataset(tmp_path / "copy", "train")
+    assert "shard-000000.parquet" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_evaluation_sees_each_sample_once_in_order(dataset: ShardedDataset) -> None:

@@ -14,7 +14,17 @@ from data_pipeline.settings import UserError, load_settings
 from data_pipeline.shards import ShardedDataset, ShardWriter, write_json
 from pretrain.collectives import ALONE
 from pretrain.config import DataConfig, RunConfig
-from pretrain.data.pins import NAME, held_pins, open_pinned, pins_digest, read_pins, renew_pins, shared_pins
+from pretrain.data.pins import (
+    NAME,
+    held_pins,
+    keep_accepted,
+    open_pinned,
+    pins_digest,
+    read_pins,
+    renewed_pins,
+    shared_pins,
+    write_pins,
+)
 from pretrain.run_log import METRICS, read_lines
 from tests.test_resume import drawn, finish, losses, write_config
 from tests.tiny_dataset import make_sample, noisy_members, write_dataset
@@ -26,10 +36,10 @@ def write_captions(folder: Path, first: int, count: int) -> Path:
     return write_dataset(folder, samples, samples_per_shard=2)
 
 
-def grow(folder: Path, count: int, media: bool = False) -> None:
+def grow(folder: Path, count: int, media: bool = False, name: str = "shard-0000") -> None:
     """Append a shard with `count` samples, named so that it sorts before the others, and listed first."""
     description = json.loads((folder / "dataset.json").read_text())
-    writer = ShardWriter(folder=folder, name="shard-0000", split="train")
+    writer = ShardWriter(folder=folder, name=name, split="train")
     for number in range(900, 900 + count):
         writer.write(make_sample(number, noisy_members(number, 1.0) if media else {}, 1.0))
     description["shards"].insert(0, asdict(writer.close()))
@@ -83,7 +93,9 @@ def test_a_lost_or_changed_shard_is_named(folder: Path, tmp_path: Path, change: 
     change_shards(folder, change, 1)
     with pytest.raises(UserError, match=rf"'train': shard-000001.tar is {change}, of 3 that the run started with"):
         held_pins(run, data)
-    assert len(renew_pins(run, data)) == 1
+    pins, lines = renewed_pins(run, data)
+    assert len(lines) == 1
+    write_pins(run, pins)
     assert held_pins(run, data)[1] == []
 
 
@@ -113,7 +125,9 @@ def test_another_dataset_or_number_of_them_is_refused(folder: Path, tmp_path: Pa
         held_pins(run, config_of(folder, other))
     with pytest.raises(UserError, match=r"shard-000000.tar is changed"):
         held_pins(run, config_of(other))
-    assert renew_pins(run, config_of(folder, other)) == ["1 datasets were pinned, 2 are now"]
+    pins, lines = renewed_pins(run, config_of(folder, other))
+    assert lines == ["1 datasets were pinned, 2 are now"]
+    write_pins(run, pins)
     assert len(held_pins(run, config_of(folder, other))[0]) == 2
 
 
@@ -136,13 +150,25 @@ def test_when_a_run_takes_what_is_there_now(folder: Path, tmp_path: Path) -> Non
     assert shared_pins(config, ALONE, begun=False)[0] == first  # also a start that was killed at once goes on
     renewed, notes = shared_pins(accepting, ALONE, begun=True)
     assert [pin.num_samples for pin in renewed] == [11]
+    assert read_pins(run) == first, "another difference may still refuse the start"
+    keep_accepted(config, renewed)
+    assert read_pins(run) == first
+    keep_accepted(accepting, renewed)
+    assert read_pins(run) == renewed
     assert notes == [
         f"accepted: dataset {folder}, split 'train': 3 shards with 6 samples were pinned, 4 with 11 are now"
     ]
+    grow(folder, 2, name="shard-00000")
+    kept, notes = shared_pins(accepting, ALONE, begun=True)  # as a requeued job starts again
+    assert kept == renewed
+    assert "kept; start once without it to accept again" in notes[-1]
+    assert shared_pins(config, ALONE, begun=True)[0] == renewed
+    again, _ = shared_pins(accepting, ALONE, begun=True)
+    assert [pin.num_samples for pin in again] == [13]
     change_shards(folder, "gone", 1)
     with pytest.raises(UserError, match=r"is gone, of 4 .* or go on with --accept dataset"):
         shared_pins(config, ALONE, begun=True)
-    assert [pin.num_samples for pin in shared_pins(config, ALONE, begun=False)[0]] == [9]
+    assert [pin.num_samples for pin in shared_pins(config, ALONE, begun=False)[0]] == [11]
 
 
 @pytest.mark.slow

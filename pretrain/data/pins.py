@@ -82,10 +82,18 @@ def read_pins(run: Path) -> list[Pin] | None:
         ) from error
 
 
-def write_pins(run: Path, pins: Sequence[Pin]) -> None:
-    """Write RUN/datasets.json, whole or not at all."""
+def write_pins(run: Path, pins: Sequence[Pin], *, accepted: bool = False) -> None:
+    """Write RUN/datasets.json, whole or not at all. accepted: they took the place of others, which was asked for."""
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / NAME, {"datasets": [asdict(pin) for pin in pins]})
+    write_json(run / NAME, {"datasets": [asdict(pin) for pin in pins], "accepted": accepted})
+
+
+def _were_accepted(run: Path) -> bool:
+    """Whether the run's pins took the place of others at its last start."""
+    try:
+        return bool(json.loads((run / NAME).read_text(encoding="utf-8")).get("accepted"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def held_pins(run: Path, data: DataConfig) -> tuple[list[Pin], list[str]]:
@@ -128,8 +136,8 @@ def held_pins(run: Path, data: DataConfig) -> tuple[list[Pin], list[str]]:
     return held, notes
 
 
-def renew_pins(run: Path, data: DataConfig) -> list[str]:
-    """Pin what the datasets hold now, whatever the run began with. Returns a line for each difference.
+def renewed_pins(run: Path, data: DataConfig) -> tuple[list[Pin], list[str]]:
+    """What the datasets hold now, whatever the run began with, and a line for each difference. Writes nothing.
 
     From then on the order of samples is another one: positions of earlier steps mean other samples.
 
@@ -137,11 +145,10 @@ def renew_pins(run: Path, data: DataConfig) -> list[str]:
         UserError: a dataset or split is not there.
     """
     before, now = read_pins(run), current_pins(data)
-    write_pins(run, now)
     if before is None:
-        return []
+        return now, []
     lines = [] if len(before) == len(now) else [f"{len(before)} datasets were pinned, {len(now)} are now"]
-    return lines + [
+    return now, lines + [
         f"dataset {new.path}, split '{new.split}': {len(old.shards)} shards with {old.num_samples:,} samples were "
         f"pinned, {len(new.shards)} with {new.num_samples:,} are now"
         for old, new in zip(before, now, strict=False)
@@ -152,8 +159,10 @@ def renew_pins(run: Path, data: DataConfig) -> list[str]:
 def shared_pins(config: RunConfig, world: World, *, begun: bool) -> tuple[list[Pin], list[str]]:
     """The pins of a run, the same on all ranks though a dataset may grow meanwhile, and what is to be said of them.
 
-    A collective call. The pins are renewed where the config accepts another dataset, or the run has made no checkpoint
-    yet (`begun`) and its shards are no more.
+    A collective call. The pins are renewed where the config accepts another dataset (written by `keep_accepted`, once
+    the run goes on), or the run has made no checkpoint yet (`begun`) and its shards are no more. Accepted ones are then
+    kept at every further start of the same command, as a requeued job makes them: a dataset that goes on growing would
+    change the order again and again.
 
     Raises:
         UserError: on every rank: as `held_pins`.
@@ -172,17 +181,29 @@ def shared_pins(config: RunConfig, world: World, *, begun: bool) -> tuple[list[P
 
 
 def _settled_pins(config: RunConfig, begun: bool) -> tuple[list[Pin], list[str]]:
-    run, notes = Path(config.run_dir), []
-    if "dataset" in config.accept:
-        notes = [f"accepted: {line}" for line in renew_pins(run, config.data)]
+    run, accepts = Path(config.run_dir), "dataset" in config.accept
+    accepted = _were_accepted(run)
+    if accepts and not accepted:
+        pins, lines = renewed_pins(run, config.data)
+        return pins, [f"accepted: {line}" for line in lines]
     try:
-        pins, grown = held_pins(run, config.data)
+        pins, notes = held_pins(run, config.data)
     except UserError:
-        if begun:
+        if begun and not accepts:
             raise
-        renew_pins(run, config.data)
-        pins, grown = held_pins(run, config.data)
-    return pins, notes + grown
+        pins, notes = renewed_pins(run, config.data)[0], []
+        write_pins(run, pins, accepted=accepts)
+    if accepted and not accepts:
+        write_pins(run, pins)
+    if accepts and notes:
+        notes.append("what --accept dataset took at an earlier start is kept; start once without it to accept again")
+    return pins, notes
+
+
+def keep_accepted(config: RunConfig, pins: Sequence[Pin]) -> None:
+    """Write the pins of a run that accepts another dataset, when nothing else refuses it any more. For one process."""
+    if "dataset" in config.accept:
+        write_pins(Path(config.run_dir), pins, accepted=True)
 
 
 def _as_pin(values: dict[str, Any]) -> Pin:
@@ -205,9 +226,12 @@ def open_pinned(pins: Sequence[Pin], data: DataConfig) -> Mixture:
     cache = ShardCache.of(data.cache_dir, data.cache_gib)
     datasets = []
     for pin in pins:
-        # What is open cannot leave the cache: no more than the shards of a block.
-        held_open = {"max_open_files": min(data.block_shards, 64)} if is_url(pin.path) else {}
-        datasets.append(ShardedDataset(pin.path, pin.split, shards=pin.shards, cache=cache, **held_open))
+        # What is open cannot leave the cache: no more than the shards of a block. And 1,024 is a common limit of open
+        # files in a process.
+        most = data.block_shards if is_url(pin.path) else max(4, 512 // len(pins))
+        datasets.append(
+            ShardedDataset(pin.path, pin.split, shards=pin.shards, cache=cache, max_open_files=min(most, 64))
+        )
     return Mixture(datasets, [part.weight for part in data.train])
 
 

@@ -98,7 +98,7 @@ class _MatchedVolumes(torch.autograd.Function):
             rows, own = anchor[part], [axis[part] for axis in axes]
             residual = without(without(rows, own), own)
             size = torch.linalg.vector_norm(residual, dim=1)
-            usable = size > ROUNDING * torch.finfo(anchor.dtype).eps
+            usable = ~(size <= ROUNDING * torch.finfo(anchor.dtype).eps)
             length[part] = torch.where(usable, size, torch.zeros_like(size))
             inverse[part] = torch.where(usable, 1 / size, torch.zeros_like(size))
             torch.mul(residual, inverse[part, None], out=directions[part])

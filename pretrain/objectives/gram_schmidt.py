@@ -72,7 +72,8 @@ class _GramSchmidt(torch.autograd.Function):
 def _lengths(residual: Vectors, mask: Bool[Tensor, " samples"]) -> tuple[PerTuple, PerTuple]:
     """1 / length, 0 for a vector without an axis; and the factor of the volume."""
     squared = vecdot(residual, residual)
-    usable = (squared > (ROUNDING * torch.finfo(residual.dtype).eps) ** 2) & mask
+    # What is no number stays none: a loss that is finite all the same would hide it.
+    usable = ~(squared <= (ROUNDING * torch.finfo(residual.dtype).eps) ** 2) & mask
     length = torch.where(usable, squared, torch.ones_like(squared)).sqrt()
     zero = torch.zeros_like(length)
     return torch.where(usable, 1 / length, zero), torch.where(mask & ~usable, zero, length)

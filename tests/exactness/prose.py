@@ -32,8 +32,8 @@ formula, torch's own optimizer.
     make exactness        # writes this page; exits with 1 if a row that must hold does not
 """
 COLUMNS = f"""\
-- **loss**: the largest over the {NUM_STEPS} steps of the difference over the step's loss (over a hundredth of the largest
-  where a loss passes through 0); at most {TOLERANCE:g}.
+- **loss**: the largest over the {NUM_STEPS} steps of the difference over the step's loss (over a hundredth of the
+  largest where a loss passes through 0); at most {TOLERANCE:g}.
 - **gradient**: of step 1, the norm of the difference over the norm, all parameters together; at most {TOLERANCE:g}.
 - **worst tensor**: the same for the worst parameter alone, over its own norm, or over 1e-3 of the whole gradient's if
   that is more; at most {TOLERANCE:g}, and {SMALL_CHUNK_TOLERANCE:g} where a chunk has fewer than {SMALL_CHUNK} samples:

@@ -11,10 +11,15 @@ from pretrain.objectives import build_objective
 from tests.objectives.cases import MOST, OPTIONS, degenerate_vectors, gradients, random_case, scalar_gradients
 from tests.objectives.references import REFERENCES
 
+SIZES = [
+    pytest.param(name, k, marks=[pytest.mark.slow] if k == 5 else [])
+    for name in REFERENCES
+    for k in range(2, 1 + MOST.get(name, 5))
+]
 KINDS = [(name, options) for name in REFERENCES for options in OPTIONS.get(name, [{}])]
 
 
-@pytest.mark.parametrize(("name", "modalities"), [(n, k) for n in REFERENCES for k in range(2, 1 + MOST.get(n, 5))])
+@pytest.mark.parametrize(("name", "modalities"), SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("which", degenerate_vectors(3, torch.float32))
 def test_degenerate_samples_have_finite_values_and_gradients(
@@ -69,13 +74,14 @@ def test_one_sample_among_many_that_lack_everything(name: str, options: dict[str
 
 
 @pytest.mark.parametrize(("name", "options"), KINDS)
-def test_a_row_that_is_no_number_is_a_loss_that_is_none(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("modality", ["text", "video", "audio"])
+def test_a_row_that_is_no_number_is_a_loss_that_is_none(name: str, options: dict[str, Any], modality: str) -> None:
     """Never an error: the trainer agrees over ranks to skip such a step, and one that raises would leave the others
     waiting."""
     case = random_case(6)
     with torch.no_grad():
         for group in (case.vectors, case.augmented, case.independent, case.independent_augmented):
-            group["text"][2] = torch.nan
+            group[modality][2] = torch.nan
     objective = build_objective(name, **options).double()
     loss = objective(case.embeddings()).loss
     assert torch.isnan(loss)
