@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from data_pipeline.config import digest_of
 from data_pipeline.shards import ShardCache, ShardedDataset
 from pretrain.checkpoint import Progress
 from pretrain.collectives import World
@@ -70,12 +71,9 @@ class Session:
         """Without a best score that measured something else: another validation split, objective or model."""
         if self.validation is None:
             return progress
-        measured = digest_of(
-            {
-                "samples": [self.validation.digest, self.config.validation.max_samples],
-                "model": [self.identity.towers, self.identity.embedding_dim, self.identity.objective],
-            }
-        )
+        model = [self.identity.towers, self.identity.embedding_dim, self.identity.objective]
+        facts = [self.validation.digest, self.config.validation.max_samples, *model]
+        measured = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if progress.best_of == measured:
             return progress
         return replace(progress, best_score=None, best_step=None, best_of=measured)

@@ -76,6 +76,7 @@ def test_a_result_of_another_training_config_is_refused(tmp_path: Path, small_da
         read_result(tmp_path, changed[0])
 
 
+@pytest.mark.slow
 def test_a_run_begun_with_other_settings_does_not_go_on(tmp_path: Path, small_dataset: Path) -> None:
     """A run itself may go on under another learning rate; a cell whose result was deleted must not."""
     cells, experiment = corpus(tmp_path, small_dataset, [{"label": "infonce", "objective": [{"name": "infonce"}]}])
