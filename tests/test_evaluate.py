@@ -43,9 +43,8 @@ def embed(world: World, argument: tuple[str, int, int]) -> dict[str, list[float]
     return {"positions": positions.tolist(), **{name: rows.flatten().tolist() for name, rows in vectors.items()}}
 
 
-@pytest.mark.parametrize(
-    "num_samples", [pytest.param(1, marks=pytest.mark.slow), NUM_SAMPLES]
-)  # of two ranks one has none, or one less
+# Of two ranks one has none, or one less.
+@pytest.mark.parametrize("num_samples", [pytest.param(1, marks=pytest.mark.slow), NUM_SAMPLES])
 def test_ranks_may_have_different_numbers_of_batches(tmp_path: Path, num_samples: int) -> None:
     """Under ZeRO-3 every call gathers weights: a rank that makes one less, or in another order, hangs them all."""
     write_dataset(tmp_path / "ragged", {"train": NUM_SAMPLES})
