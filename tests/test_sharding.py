@@ -140,6 +140,7 @@ def test_every_row_and_clip_has_one_outcome(uninterrupted: Path) -> None:
     assert " ".join(verified.stdout.split()).endswith("problems 0")
 
 
+@pytest.mark.slow
 def test_killed_runs_and_killed_workers_change_no_byte(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with subprocess.Popen(command(corpus, out), stdout=subprocess.PIPE, text=True, start_new_session=True) as process:

@@ -38,6 +38,7 @@ def corpus(folder: Path, dataset: Path, objectives: list[dict[str, Any]]) -> tup
     return list_cells(config, cell_config(None, config.experiment, folder / "out")), config.experiment
 
 
+@pytest.mark.slow
 def test_a_cell_is_a_run_of_its_objective_and_seed(tmp_path: Path, small_dataset: Path) -> None:
     entries = [{"label": "gram oriented", "objective": [{"name": "gram", "orientation": 4.0}]}]
     cells, experiment = corpus(tmp_path, small_dataset, entries)
