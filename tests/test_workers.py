@@ -18,6 +18,7 @@ import pytest
 from data_pipeline.settings import UserError
 from data_pipeline.shards import ShardedDataset
 from pretrain.data import tokenize
+from pretrain.data import workers as workers_module
 from pretrain.data.loader import EvalLoader, TrainLoader
 from tests.tiny_dataset import TOWERS, data_config, make_sample, write_dataset, write_mixed_dataset, write_tokenizer
 
@@ -156,3 +157,43 @@ def test_a_batch_that_cannot_be_handed_over_is_a_line(dataset: ShardedDataset) -
         resource.prlimit(workers()[0], resource.RLIMIT_FSIZE, (1, 1))
         with pytest.raises(UserError, match=r"data.num_workers: .* cannot hand over its batch: .*File too large"):
             list(loader)
+
+
+def hang_once(seen: Path, times: int) -> Callable[[workers_module._WorkerStart, int], None]:
+    """What a worker runs first: the first `times` of them wait for ever, like a child forked at a bad moment."""
+    begin = workers_module._WorkerStart.__call__
+
+    def start(self: workers_module._WorkerStart, worker: int) -> None:
+        with open(seen, "a") as log:
+            log.write("x")
+        while seen.stat().st_size <= times:
+            time.sleep(60)
+        begin(self, worker)
+
+    return start
+
+
+def test_a_worker_that_never_begins_is_forked_again(
+    dataset: ShardedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [batch.ids.tolist() for batch in islice(train_loader(dataset, 0), 5)]
+    monkeypatch.setattr(workers_module, "HELLO_S", 2.0)
+    monkeypatch.setattr(workers_module._WorkerStart, "__call__", hang_once(tmp_path / "seen", 3))
+    loader = train_loader(dataset, 2)
+    assert [batch.ids.tolist() for batch in islice(loader, 5)] == expected
+    assert (tmp_path / "seen").stat().st_size in (4, 6)  # of the second two the first may come too early
+    assert len(workers()) == 2
+    loader.close()
+    assert workers() == []
+
+
+def test_workers_that_never_begin_are_said(
+    dataset: ShardedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers_module, "HELLO_S", 0.5)
+    monkeypatch.setattr(workers_module._WorkerStart, "__call__", hang_once(tmp_path / "seen", 1000))
+    loader = train_loader(dataset, 1)
+    with pytest.raises(RuntimeError, match=r"did not begin within 0\.5 s, 5 times"):
+        next(iter(loader))
+    loader.close()
+    assert workers() == []

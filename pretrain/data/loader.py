@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import count
 
 from data_pipeline.settings import UserError
 from data_pipeline.shards import ShardedDataset
@@ -12,6 +11,8 @@ from pretrain.data.batch import Batch
 from pretrain.data.mixture import Mixture
 from pretrain.data.reader import BatchReader
 from pretrain.data.workers import BatchStream
+
+LAST = 1 << 62  # no run gets there
 
 
 class TrainLoader:
@@ -55,7 +56,7 @@ class TrainLoader:
         self._reader = BatchReader(mixture, towers, data.window_s, data.augment, seed, second)
         self._global_batch = global_batch
         self._rows = (rank * global_batch // world, (rank + 1) * global_batch // world)
-        positions = count(start_position, global_batch)
+        positions = range(start_position, LAST, global_batch)
         self._stream = BatchStream(self._reader, self._read, positions, data.num_workers, data.prefetch_batches)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -23,6 +23,10 @@ from pretrain.data.reader import BatchReader
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 PARENT_CHECK_S = 1.0
+# A fork takes milliseconds. But CPython (3.11: PyOS_AfterFork_Child takes a lock before it renews it) leaves a child
+# waiting for ever where another thread was just beginning or ending; such a child is killed, and another one forked.
+HELLO_S = 20.0
+MAX_STARTS = 5
 DEATH_S = 1.0  # a dying process closes its pipes some time before it is gone
 
 ReadAt = Callable[[int, Callable[[], None]], Batch]
@@ -65,7 +69,8 @@ class BatchStream:
     def __init__(
         self, reader: BatchReader, read: ReadAt, positions: Iterable[int], num_workers: int, prefetch: int
     ) -> None:
-        self._stop = mmap.mmap(-1, 1)  # one byte shared with the workers; a lock could be held by one that died
+        # Bytes shared with the workers; a lock could be held by one that died. The first: stop. One each: it has begun.
+        self._stop = mmap.mmap(-1, 1 + num_workers)
         self._num_workers = num_workers
         self._running: Any = None
         self._loader: DataLoader[Batch | UserError] = DataLoader(
@@ -76,7 +81,7 @@ class BatchStream:
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
             multiprocessing_context="fork" if num_workers else None,
-            worker_init_fn=_WorkerStart(reader),
+            worker_init_fn=_WorkerStart(reader, self._stop),
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # torch draws a seed for its workers: not from the trainer's stream
         )
@@ -111,14 +116,43 @@ class BatchStream:
         return None
 
     def _start(self) -> None:
-        """Fork with the stop signals held back: a worker must not meet one before it ignores them."""
+        """Fork until every worker has begun.
+
+        Raises:
+            RuntimeError: one never does.
+        """
+        for _ in range(MAX_STARTS):
+            self._fork()
+            if self._have_begun():
+                break
+            for process in self._running._workers:
+                process.kill()
+                process.join()
+            self._running._shutdown_workers()
+            self._stop[1:] = bytes(self._num_workers)
+        else:
+            self._running = None
+            raise RuntimeError(f"DataLoader workers did not begin within {HELLO_S:g} s, {MAX_STARTS} times")
+        if self._num_workers:
+            atexit.register(self.close)  # multiprocessing would wait for ever for children that ignore SIGTERM
+
+    def _fork(self) -> None:
+        """With the stop signals held back: a worker must not meet one before it ignores them."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._running = iter(self._loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if self._num_workers:
-            atexit.register(self.close)  # multiprocessing would wait for ever for children that ignore SIGTERM
+
+    def _have_begun(self) -> bool:
+        """Wait for all workers; one that has died has begun, too, and is told of at the first batch."""
+        deadline = time.monotonic() + HELLO_S
+        for number in range(self._num_workers):
+            while not self._stop[1 + number] and self._running._workers[number].is_alive():
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.001)
+        return True
 
     def close(self) -> None:
         """End the workers: each after the sample it is at. Nothing can be read afterwards."""
@@ -137,8 +171,9 @@ class BatchStream:
 class _WorkerStart:
     """Runs in each worker before its first batch."""
 
-    def __init__(self, reader: BatchReader) -> None:
+    def __init__(self, reader: BatchReader, begun: mmap.mmap) -> None:
         self._reader = reader
+        self._begun = begun
         self._parent = os.getpid()
 
     def __call__(self, worker: int) -> None:
@@ -149,6 +184,7 @@ class _WorkerStart:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._reader.dataset.close()  # this process's copies of descriptors; shards are opened again when needed
         threading.Thread(target=_end_with, args=(self._parent,), daemon=True).start()
+        self._begun[1 + worker] = 1
 
 
 def _end_with(parent: int) -> None:
