@@ -124,6 +124,7 @@ def test_unknown_command_and_missing_run() -> None:
     assert output.startswith("error: command 'pretrian': unknown; did you mean 'pretrain'?")
 
 
+@pytest.mark.slow
 def test_an_old_checkpoint_is_refused_not_misread(tmp_path: Path, trained_run: Path, small_dataset: Path) -> None:
     for change_of, said in (
         (

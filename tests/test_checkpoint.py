@@ -183,6 +183,7 @@ def test_the_average_is_what_is_evaluated(run: Path) -> None:
     assert not torch.equal(stored[f"weight/average.{name}"], stored[f"weight/towers.{name}"])
 
 
+@pytest.mark.slow
 def test_list_inspect_and_prune(tmp_path: Path, run: Path) -> None:
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", str(run), str(copy)], check=True)

@@ -44,7 +44,7 @@ def sample(ranks: int) -> list[Cell]:
     return chosen
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW)])
+@pytest.mark.parametrize("ranks", [pytest.param(ranks, marks=SLOW) for ranks in (1, 2, 4)])
 def test_five_steps_are_those_of_one_process_without_cache(tmp_path: Path, ranks: int) -> None:
     for row in measure_table(sample(ranks), tmp_path):
         assert not row.missed, (row.missed, row.cell, row.measures)

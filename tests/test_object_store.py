@@ -222,6 +222,7 @@ def test_what_is_open_stays_and_what_was_used_longest_ago_goes(folder: Path, url
     dataset.close()
 
 
+@pytest.mark.slow
 def test_a_missing_or_broken_object_is_a_line(folder: Path, url: str, server: S3Server, tmp_path: Path) -> None:
     name = url.removeprefix(f"s3://{BUCKET}/")
     cache = ShardCache(folder=tmp_path / "cache", max_bytes=GIB)

@@ -206,6 +206,7 @@ def test_stopped_by_a_signal_exits_75_and_goes_on(tmp_path: Path, small_dataset:
     assert drawn(run) == drawn(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_folder_takes_one_run_at_a_time(tmp_path: Path, small_dataset: Path) -> None:
     run = tmp_path / "run"
     config = write_config(tmp_path / "config.yaml", small_dataset, run, schedule={"num_steps": 10_000})

@@ -182,6 +182,7 @@ def test_another_run_in_the_same_folder_is_refused(corpus: Path, uninterrupted: 
     assert "another 'parallelotope shard' is writing there" in run.stderr
 
 
+@pytest.mark.slow
 def test_a_failing_task_is_named_and_growth_moves_nothing(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
     out, grown = tmp_path / "out", tmp_path / "grown"
     shutil.copytree(uninterrupted, out)

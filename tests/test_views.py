@@ -163,7 +163,7 @@ def test_only_what_an_objective_wants_is_made(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "train"),
     [
-        (1, {"ema_decay": 0.9, "second_view_by": "average", "zero_stage": 0}),
+        pytest.param(1, {"ema_decay": 0.9, "second_view_by": "average", "zero_stage": 0}, marks=pytest.mark.slow),
         pytest.param(2, {"zero_stage": 3, "chunk": 3}, marks=pytest.mark.slow),
     ],
 )

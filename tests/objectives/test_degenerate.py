@@ -12,7 +12,7 @@ from tests.objectives.cases import MOST, OPTIONS, degenerate_vectors, gradients,
 from tests.objectives.references import REFERENCES
 
 SIZES = [
-    pytest.param(name, k, marks=[pytest.mark.slow] if k == 5 else [])
+    pytest.param(name, k, marks=[pytest.mark.slow] if k >= 4 else [])
     for name in REFERENCES
     for k in range(2, 1 + MOST.get(name, 5))
 ]
