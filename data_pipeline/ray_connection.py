@@ -21,6 +21,7 @@ CLIENT = "ray://"
 # Any call that a head with token authentication answers only to those who have it, and any head answers at once.
 PROBE, CLIENT_PROBE = "/ray.rpc.NodeInfoGcsService/CheckAlive", "/ray.rpc.RayletDriver/ClusterInfo"
 PROBE_TIMEOUT_S = 10.0
+CLIENT_ATTEMPTS = 4
 
 
 @contextmanager
@@ -74,9 +75,17 @@ def _join(ray: Any, address: str, common: dict[str, Any]) -> None:
         found = _bootstrap_address(address)
         if found is not None:
             _knock(address, found)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ray:// warns of what it then raises
-            ray.init(address=address, **common)
+        for attempt in range(1, CLIENT_ATTEMPTS + 1):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # ray:// warns of what it then raises
+                    ray.init(address=address, **common)
+                return
+            except ConnectionAbortedError:
+                # The head of ray:// forks a process for every client from one with gRPC's threads, and now and then
+                # that process dies before its first line (ray-project/ray issue 63202; 5 of 64 clients of Ray 2.60).
+                if attempt == CLIENT_ATTEMPTS:
+                    raise
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         words = " ".join(str(error).split())[:200]
         raise UserError(f"ray.address {address}: no Ray cluster can be reached there: {words}") from error
