@@ -20,6 +20,7 @@ from pretrain.grad_cache import no_stage
 from pretrain.identity import check_tokenizer
 from pretrain.kept_embeddings import KeptEmbeddings
 from pretrain.model import PretrainModel
+from pretrain.preflight import run_folder
 from pretrain.resume import load_model
 from pretrain.retrieval import JOINT_SCORES, evaluate_retrieval
 from pretrain.retrieval_report import RetrievalMetrics, RetrievalReport
@@ -129,8 +130,7 @@ def load_run(run: Path, which: str = "best") -> tuple[RunConfig, PretrainModel, 
     Raises:
         UserError: no run or no whole checkpoint there.
     """
-    folder = run.resolve().parent.parent if (run / "checkpoint.json").is_file() else run
-    config = load_settings(RunConfig, folder / "config.yaml")
+    config = load_settings(RunConfig, run_folder(run, which) / "config.yaml")
     source = checkpoint.locate(run, which)
     towers = config.towers.model_copy(
         update={

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from data_pipeline.settings import UserError
@@ -26,7 +24,6 @@ from pretrain.collectives import World
 from pretrain.config import RunConfig
 from pretrain.identity import Identity, check_identity, check_tokenizer
 from pretrain.model import PretrainModel
-from pretrain.run_lock import NAME, WAIT_S
 
 PARTS = {"towers": ("towers.", "average."), "embedding_dim": ("towers.", "average."), "objective": ("objective.",)}
 
@@ -134,21 +131,3 @@ def newest_checkpoint(run: Path, world: World) -> tuple[Path | None, list[str]]:
     found_path, lines = answer["found"], answer["notes"]
     assert isinstance(lines, list)
     return None if found_path is None else Path(str(found_path)), lines
-
-
-def check_shared(run: Path, world: World) -> None:
-    """Refuse a run folder that is not the same on all nodes. A collective call; rank 0 holds the run.
-
-    Raises:
-        UserError: on every rank, names the first that does not see what rank 0 wrote.
-    """
-    place = run / NAME
-    written = world.share(place.read_text() if world.rank == 0 else None)
-    deadline = time.monotonic() + WAIT_S  # network file systems show what is new after a while
-    while not (seen := place.is_file() and place.read_text() == written) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    blind = world.size - int(world.max(torch.tensor([0 if seen else world.size - world.rank], device=world.device)))
-    if blind < world.size:
-        raise UserError(
-            f"run_dir {run}: rank {blind} does not see what rank 0 wrote there; expected a folder that all nodes share"
-        )

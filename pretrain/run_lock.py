@@ -1,4 +1,4 @@
-"""One run at a time in a run folder: two would overwrite each other's log and checkpoints."""
+"""One run at a time in a run folder, and one folder for all its nodes: two would overwrite each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import os
 import time
 from pathlib import Path
 
+import torch
+
 from data_pipeline.settings import UserError
+from pretrain.collectives import World
 
 WAIT_S = 5.0  # the decoding processes of a killed run hold its lock for another second
 
@@ -43,3 +46,21 @@ def hold_run(run: Path) -> int:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
             return descriptor
+
+
+def check_shared(run: Path, world: World) -> None:
+    """Refuse a run folder that is not the same on all nodes. A collective call; rank 0 holds the run.
+
+    Raises:
+        UserError: on every rank, names the first that does not see what rank 0 wrote.
+    """
+    place = run / NAME
+    written = world.share(place.read_text() if world.rank == 0 else None)
+    deadline = time.monotonic() + WAIT_S  # network file systems show what is new after a while
+    while not (seen := place.is_file() and place.read_text() == written) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = world.size - int(world.max(torch.tensor([0 if seen else world.size - world.rank], device=world.device)))
+    if blind < world.size:
+        raise UserError(
+            f"run_dir {run}: rank {blind} does not see what rank 0 wrote there; expected a folder that all nodes share"
+        )

@@ -21,8 +21,8 @@ from pretrain.data.pins import keep_accepted, shared_pins
 from pretrain.evaluate import validation_score
 from pretrain.identity import differences
 from pretrain.kept_embeddings import embeddings_path
-from pretrain.resume import check_shared, newest_checkpoint
-from pretrain.run_lock import hold_run
+from pretrain.resume import newest_checkpoint
+from pretrain.run_lock import check_shared, hold_run
 from pretrain.run_log import BETWEEN_STEPS, RunLog
 from pretrain.session import Session
 from pretrain.signals import EXIT_RUN_AGAIN, StopRequest

@@ -26,8 +26,8 @@ from pretrain.checkpoint import (
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World
 from pretrain.config import RunConfig
-from pretrain.resume import check_shared, newest_checkpoint
-from pretrain.run_lock import hold_run
+from pretrain.resume import newest_checkpoint
+from pretrain.run_lock import check_shared, hold_run
 from pretrain.session import Session
 from tests.finished_run import run_config
 from tests.ranks import run_ranks
