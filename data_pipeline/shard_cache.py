@@ -176,7 +176,10 @@ def _open_whole(path: Path, num_bytes: int) -> int | None:
 
 def _remove_unless_open(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDWR)  # NFS gives exclusive locks to those only who may write
+        try:
+            descriptor = os.open(path, os.O_RDWR)  # NFS gives exclusive locks to those only who may write
+        except PermissionError:  # another user's; elsewhere reading is enough
+            descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return True
     except PermissionError:

@@ -48,6 +48,14 @@ class LocalFiles:
         """The index of each shard."""
         return [Path(self._folder, shard.index_path) for shard in shards]
 
+    def is_away(self) -> bool:
+        """Whether the whole dataset cannot be read just now: an unmounted file system looks like lost files."""
+        try:
+            with open(os.path.join(self._folder, "dataset.json"), "rb") as stream:
+                return not stream.read(1)
+        except OSError:
+            return True
+
     def open(self, shard: ShardInfo) -> int:
         """A descriptor of the shard's tar."""
         return os.open(os.path.join(self._folder, shard.path), os.O_RDONLY)
@@ -112,6 +120,10 @@ class RemoteFiles:
         """A local copy of the index of each shard."""
         with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
             return list(pool.map(self._index, shards))
+
+    def is_away(self) -> bool:
+        """Never of what is read from the cache; the store says itself when it cannot be reached."""
+        return False
 
     def open(self, shard: ShardInfo) -> int:
         """A descriptor of the local copy of a shard's tar."""

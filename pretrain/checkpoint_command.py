@@ -13,6 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.settings import UserError, nearest
+from pretrain.checkpoint import (
+    checkpoints_folder,
+    damage,
+    finished_checkpoints,
+    prune,
+    read_description,
+    read_progress,
+    step_of,
+    to_prune,
+)
 
 RunPath = Annotated[Path, typer.Argument(help="A run folder.")]
 
@@ -22,8 +32,6 @@ def list_checkpoints(
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
 ) -> None:
     """The checkpoints of a run, oldest first. With --verify the exit code is 1 when one is damaged."""
-    from pretrain.checkpoint import damage, read_description
-
     paths = _checkpoints(run)
     table = Table("step", "samples drawn", "skipped in a row", "ranks", "size", "saved", "", "state")
     best = _best_step(paths)
@@ -36,14 +44,14 @@ def list_checkpoints(
             description, problem = None, str(error)
         num_damaged += problem is not None
         progress = description["progress"] if description else {}
-        marks = [word for word, holds in (("best", _step(path) == best), ("last", path == paths[-1])) if holds]
+        marks = [word for word, holds in (("best", step_of(path) == best), ("last", path == paths[-1])) if holds]
         told = (
             progress.get("position", "?"),
             progress.get("num_skipped", "?"),
             (description or {}).get("num_ranks", "?"),
         )
         state = problem or ("whole" if verify else "not verified")
-        table.add_row(str(_step(path)), *map(str, told), _size(_num_bytes(path)), _when(path), " ".join(marks), state)
+        table.add_row(str(step_of(path)), *map(str, told), _size(_num_bytes(path)), _when(path), " ".join(marks), state)
     Console().print(table)
     raise typer.Exit(1 if num_damaged else 0)
 
@@ -54,7 +62,7 @@ def inspect_checkpoint(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
     """What a checkpoint holds: progress, identity, and its tensors with their norms."""
-    from pretrain.checkpoint import StoredTensors, damage, read_description
+    from pretrain.stored_tensors import StoredTensors
 
     path = run if (run / "checkpoint.json").is_file() else _chosen(run, step)
     description = read_description(path)
@@ -85,7 +93,6 @@ def prune_checkpoints(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
 ) -> None:
     """Delete checkpoints; the best one stays. Refused while the run is under way."""
-    from pretrain.checkpoint import damage, prune, to_prune
     from pretrain.run_lock import hold_run
 
     _checkpoints(run)
@@ -108,8 +115,6 @@ def prune_checkpoints(
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    from pretrain.checkpoint import checkpoints_folder, finished_checkpoints
-
     paths = finished_checkpoints(run)
     if not paths:
         raise UserError(f"run {run}: no checkpoint found; expected {checkpoints_folder(run)}/step-*")
@@ -118,8 +123,6 @@ def _checkpoints(run: Path) -> list[Path]:
 
 def _best_step(paths: list[Path]) -> int | None:
     """The best step that the newest checkpoint knows which can say it."""
-    from pretrain.checkpoint import read_progress
-
     for path in reversed(paths):
         try:
             return read_progress(path).best_step
@@ -132,7 +135,7 @@ def _chosen(run: Path, step: int | None) -> Path:
     paths = _checkpoints(run)
     if step is None:
         return paths[-1]
-    by_step = {str(_step(path)): path for path in paths}
+    by_step = {str(step_of(path)): path for path in paths}
     if str(step) not in by_step:
         raise UserError(f"run {run}: no checkpoint of step {step}; {nearest(str(step), by_step)}")
     return by_step[str(step)]
@@ -143,10 +146,6 @@ def _part(name: str) -> str:
     kind, path = name.split("/", 1)
     parts = path.split(".")
     return f"{kind}/{parts[0]}.{parts[2]}" if parts[0] in ("towers", "average") else f"{kind}/{parts[0]}"
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 def _files(path: Path) -> Iterable[Path]:

@@ -25,19 +25,12 @@ from torch import Tensor, nn
 
 from data_pipeline.settings import UserError
 from data_pipeline.shards import publish, write_json
-from pretrain.checkpoint import (
-    FORMAT_VERSION,
-    Progress,
-    checkpoint_name,
-    checkpoints_folder,
-    persistent_buffers,
-    prune,
-    slice_key,
-)
+from pretrain.checkpoint import FORMAT_VERSION, Progress, checkpoint_name, checkpoints_folder, prune
 from pretrain.collectives import World
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
 from pretrain.identity import Identity
+from pretrain.stored_tensors import persistent_buffers, slice_key
 from pretrain.tensor_file import write_tensors
 
 MAX_ERRNO = 1 << 16

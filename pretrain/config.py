@@ -221,7 +221,7 @@ class FaultsConfig(Settings):
     """What is borne, and for how long."""
 
     max_skipped_steps: int = Field(5, ge=0)  # in a row, for a loss or gradient that is not finite; then the run ends
-    # In a row, whose data problems are as many as their samples: a file system that went away; then the run ends.
+    # In a row, of whose samples no picture and no sound could be read; then the run ends.
     max_unreadable_steps: int = Field(5, ge=0)
     stage_timeout_s: PositiveFloat = 1800.0  # a stage of a step that takes longer hangs: the rank says which and ends
 

@@ -25,6 +25,7 @@ from pretrain.resume import load_model
 from pretrain.retrieval import JOINT_SCORES, evaluate_retrieval
 from pretrain.retrieval_report import RetrievalMetrics, RetrievalReport
 from pretrain.scoring import names as score_names
+from pretrain.stored_tensors import StoredTensors
 from pretrain.towers.build import ModelConfig, example_inputs
 
 Forward = Callable[[dict[str, dict[str, Tensor]], dict[str, Tensor]], dict[str, Tensor]]
@@ -139,7 +140,7 @@ def load_run(run: Path, which: str = "best") -> tuple[RunConfig, PretrainModel, 
     )
     check_tokenizer(source, checkpoint.read_description(source)["identity"], config)
     model = PretrainModel(config.model_copy(update={"towers": towers}))  # its weights come from the checkpoint
-    load_model(model, checkpoint.StoredTensors(source))
+    load_model(model, StoredTensors(source))
     return config, model.eval(), source
 
 

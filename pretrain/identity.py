@@ -33,7 +33,7 @@ class Identity:
         return cls(
             towers=config.towers.model_dump(mode="json"),
             embedding_dim=config.embedding_dim,
-            objective=[part.model_dump(mode="json", exclude={"tile"}) for part in config.objective],
+            objective=[part.model_dump(mode="json", exclude={"tile", "kernel"}) for part in config.objective],
             optimizer=config.optimizer.name,
             tokenizer=tokenizer_digest(config),
             dataset=dataset_digest,
@@ -54,14 +54,21 @@ def check_tokenizer(checkpoint: Path, found: dict[str, Any], config: RunConfig) 
     """Refuse weights whose token ids mean other words here; `found` is the identity in the checkpoint's description.
 
     Raises:
-        UserError: the tokenizer of the run's name is another one by now.
+        UserError: another tokenizer, by its name or by what the name stands for.
     """
-    there, here = found.get("tokenizer"), tokenizer_digest(config)
-    if there != here and config.towers.text is not None:
+    there, here, text = found.get("tokenizer"), tokenizer_digest(config), config.towers.text
+    if text is None or there in (None, here):
+        return
+    name = found["towers"]["text"]["tokenizer"]
+    if name != text.tokenizer:
         raise UserError(
-            f"checkpoint {checkpoint} was trained with another tokenizer: '{config.towers.text.tokenizer}' was {there} "
-            f"then and is {here} here; use the version of parallelotope and of the tokenizer that trained it"
+            f"checkpoint {checkpoint} was trained with the tokenizer '{name}', found '{text.tokenizer}' here; expected "
+            f"towers.text.tokenizer: {name}"
         )
+    raise UserError(
+        f"checkpoint {checkpoint} was trained with another tokenizer: '{name}' was {there} then and is {here} here; "
+        "use the version of parallelotope and of the tokenizer that trained it"
+    )
 
 
 def check_identity(checkpoint: Path, found: dict[str, Any], wanted: Identity, accept: Sequence[str] = ()) -> list[str]:

@@ -20,7 +20,7 @@ class ObjectiveOptions(Settings):
     """What all objectives share."""
 
     weight: float = 1.0  # factor of this objective in the sum
-    tile: PositiveInt = 512  # rows and columns scored at once; never changes the result; 512: benchmarks/objectives.md
+    tile: PositiveInt = 512  # rows and columns scored at once; never changes the result
 
     @property
     def views(self) -> frozenset[str]:
@@ -96,7 +96,7 @@ class PairOptions(ObjectiveOptions):
             names = [name for side in pair for name in side.split("+")]
             if len(set(names)) < len(names):
                 raise ValueError(f"pairs: {list(pair)} names a modality twice; expected two sides without a common one")
-        if len({frozenset(pair) for pair in pairs}) < len(pairs):
+        if len({frozenset(frozenset(side.split("+")) for side in pair) for pair in pairs}) < len(pairs):
             raise ValueError(f"pairs: {[list(pair) for pair in pairs]}: one is there twice")
         return self
 

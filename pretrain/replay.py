@@ -43,9 +43,9 @@ def replay_step(run: Path, config: RunConfig, world: World, step: int, say: Call
     Raises:
         UserError: `step` is not one of the run.
     """
-    source, notes = newest_whole(run, before_step=step)
-    for note in notes:
-        say(note)
+    source, damaged = newest_whole(run, before_step=step)
+    for line in damaged:
+        say(f"{line}: passed over")
     if source is None:
         say(f"no checkpoint from before step {step}: from the beginning of the run")
     session = Session(config, world, source)

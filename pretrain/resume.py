@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from data_pipeline.settings import UserError
-from pretrain.checkpoint import (
-    Progress,
-    StoredTensors,
-    load_weights,
-    locate,
-    newest_whole,
-    read_description,
-    set_aside,
-    step_of,
-)
+from pretrain.checkpoint import Progress, locate, newest_whole, read_description, set_aside, step_of
 from pretrain.collectives import World
 from pretrain.config import RunConfig
 from pretrain.identity import Identity, check_identity, check_tokenizer
 from pretrain.model import PretrainModel
+from pretrain.stored_tensors import StoredTensors, load_weights
 
 PARTS = {"towers": ("towers.", "average."), "embedding_dim": ("towers.", "average."), "objective": ("objective.",)}
 
@@ -66,14 +59,21 @@ def restore(config: RunConfig, model: PretrainModel, identity: Identity, source:
 
 
 def _fresh(found: dict[str, Any], identity: Identity) -> list[str]:
-    """Beginnings of the names of what starts afresh: a scalar means something else under another objective."""
-    return [] if found.get("objective") == identity.objective else list(PARTS["objective"])
+    """Beginnings of the names of what starts afresh: scalars mean something else under another objective."""
+    before, here = ([_meaning(part) for part in parts] for parts in (found["objective"], identity.objective))
+    return [f"objective.parts.{i}." for i, (a, b) in enumerate(zip_longest(before, here)) if a != b]
+
+
+def _meaning(part: dict[str, Any]) -> dict[str, Any]:
+    """What of an objective's options says what its learned scalars are."""
+    kept = ("name", "temperature_form", "temperature_range")
+    return {key: value for key, value in part.items() if key in kept or key.startswith("learn_")}
 
 
 def load_model(
     model: PretrainModel, tensors: StoredTensors, leave: Sequence[str] = (), fresh: Sequence[str] = ()
 ) -> list[str]:
-    """`checkpoint.load_weights`, where a run may have begun to keep an average of its towers, or ceased to."""
+    """`load_weights`, where a run may have begun to keep an average of its towers, or ceased to."""
     stored = any(name.startswith("weight/average.") for name in tensors)
     here = model.average is not None
     notes = [f"learned scalars of the objective begin afresh: {tensors.checkpoint} has another one"] if fresh else []
@@ -115,19 +115,27 @@ def newest_checkpoint(run: Path, world: World) -> tuple[Path | None, list[str]]:
     answer: dict[str, str | list[str] | None] = {}
     if world.rank == 0:
         try:
-            found, notes = newest_whole(run)
-            if found is None and notes:
-                raise UserError(
-                    f"run {run}: none of its {len(notes)} checkpoints is whole, the oldest: {notes[-1]}; restore one, "
-                    "or train in another run_dir"
-                )
-            notes += [] if found is None else set_aside(run, step_of(found))
+            found, notes = _settled(run)
             answer = {"found": None if found is None else str(found), "notes": notes, "error": None}
         except UserError as error:
             answer = {"error": str(error)}
+        except OSError as error:
+            answer = {"error": f"run {run}: damaged checkpoints cannot be set aside: {error.strerror}"}
     answer = world.share(answer)
     if answer["error"] is not None:
         raise UserError(str(answer["error"]))
     found_path, lines = answer["found"], answer["notes"]
     assert isinstance(lines, list)
     return None if found_path is None else Path(str(found_path)), lines
+
+
+def _settled(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, the damaged ones after it set aside, and what is to be said."""
+    found, damaged = newest_whole(run)
+    if found is None and damaged:
+        raise UserError(
+            f"run {run}: none of its {len(damaged)} checkpoints is whole, the oldest: {damaged[-1]}; restore one, or "
+            "train in another run_dir"
+        )
+    aside = [] if found is None else set_aside(run, step_of(found))
+    return found, [*(f"{line}: going on from an earlier one" for line in damaged), *aside]

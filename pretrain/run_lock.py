@@ -13,7 +13,7 @@ from data_pipeline.settings import UserError
 from pretrain.collectives import World
 
 WAIT_S = 5.0  # the decoding processes of a killed run hold its lock for another second
-
+SHARED_WAIT_S = 65.0  # an NFS client remembers for up to a minute that a file was not there
 
 NAME = ".lock"
 
@@ -48,19 +48,29 @@ def hold_run(run: Path) -> int:
             return descriptor
 
 
-def check_shared(run: Path, world: World) -> None:
+def check_shared(run: Path, world: World, wait_s: float = SHARED_WAIT_S) -> None:
     """Refuse a run folder that is not the same on all nodes. A collective call; rank 0 holds the run.
+
+    wait_s: how long a rank looks for what rank 0 wrote.
 
     Raises:
         UserError: on every rank, names the first that does not see what rank 0 wrote.
     """
     place = run / NAME
     written = world.share(place.read_text() if world.rank == 0 else None)
-    deadline = time.monotonic() + WAIT_S  # network file systems show what is new after a while
-    while not (seen := place.is_file() and place.read_text() == written) and time.monotonic() < deadline:
+    deadline = time.monotonic() + wait_s
+    while not (seen := _content(place) == written) and time.monotonic() < deadline:
         time.sleep(0.1)
     blind = world.size - int(world.max(torch.tensor([0 if seen else world.size - world.rank], device=world.device)))
     if blind < world.size:
         raise UserError(
             f"run_dir {run}: rank {blind} does not see what rank 0 wrote there; expected a folder that all nodes share"
         )
+
+
+def _content(place: Path) -> str | None:
+    """None where it cannot be read, for whatever reason: the other ranks wait for this one's word."""
+    try:
+        return place.read_text()
+    except (OSError, ValueError):
+        return None

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
-from data_pipeline.shards import ShardCache, ShardedDataset
-from pretrain.checkpoint import Progress
+from data_pipeline.shards import ShardCache, ShardedDataset, ShardInfo, shards_digest
 from pretrain.collectives import World
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
@@ -49,7 +49,8 @@ class Session:
         self.identity = Identity.of(config, pins_digest(pins))
         model = PretrainModel(config)
         start = restore(config, model, self.identity, source)
-        self.progress, self.notes = self._with_own_best(start.progress), start.notes
+        self.progress, self.notes = start.progress, start.notes
+        self._keep_own_best()
         # Counted before ZeRO takes the parameters apart.
         num_held_out = None if self.validation is None else len(self.validation)
         self.facts = RunFacts.of(model, config, world, len(self.dataset), num_held_out)
@@ -67,16 +68,23 @@ class Session:
             stage=self.clock.stage,
         )
 
-    def _with_own_best(self, progress: Progress) -> Progress:
-        """Without a best score that measured something else: another validation split, objective or model."""
+    def _keep_own_best(self) -> None:
+        """Forget a best score that measured something else: other samples, another objective or model.
+
+        Its checkpoint stays the best until the next validation.
+        """
         if self.validation is None:
-            return progress
+            return
+        held_out, most = self.validation, self.config.validation.max_samples
         model = [self.identity.towers, self.identity.embedding_dim, self.identity.objective]
-        facts = [self.validation.digest, self.config.validation.max_samples, *model]
+        facts = [_first_shards(held_out.shards, most), most, *model]
         measured = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        if progress.best_of == measured:
-            return progress
-        return replace(progress, best_score=None, best_step=None, best_of=measured)
+        before, self.progress = self.progress, replace(self.progress, best_of=measured)
+        if before.best_step is not None and before.best_of not in (None, measured):
+            self.progress = replace(self.progress, best_score=None)
+            self.notes.append(
+                f"validation measures something else now: step {before.best_step} is the best until the next one"
+            )
 
     def loader(self) -> TrainLoader:
         """This rank's rows of the global batches that are still to come."""
@@ -125,3 +133,9 @@ class Session:
             made = self.progress.num_updates
             keep = min(self.config.train.ema_decay, (1 + made) / (10 + made))
             self.engine.move_average(model.average, model.towers, keep)
+
+
+def _first_shards(shards: Sequence[ShardInfo], num_samples: int) -> str:
+    """A digest of the shards that hold the first `num_samples`: not of those that are added later."""
+    starts = [0, *accumulate(shard.num_samples for shard in shards)]
+    return shards_digest([s for s, start in zip(shards, starts, strict=False) if start < num_samples])

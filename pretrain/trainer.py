@@ -77,12 +77,12 @@ class Trainer:
                     batch = next(batches)
                 metrics, applied = session.step(batch)
                 step = session.progress.step
-                stop, save, written, problems = self._agree(len(batch.events))
+                stop, save, written, problems, read = self._agree(batch)
                 metrics |= loader.epochs_at(batch.next_position)
                 self._log(log, batch, {**metrics, "data_problems": problems, "skipped": float(not applied)})
                 if not applied:
                     self._bear_skipped(log, batch, metrics)
-                self._bear_unreadable(problems)
+                self._bear_unreadable(problems, read)
                 validate = session.validation is not None and (
                     step % config.validation.every_steps == 0 or step == last
                 )
@@ -101,15 +101,16 @@ class Trainer:
                     return EXIT_RUN_AGAIN
         return 0
 
-    def _agree(self, num_problems: int) -> tuple[bool, bool, bool, float]:
+    def _agree(self, batch: Batch) -> tuple[bool, bool, bool, float, float]:
         """What all ranks do after this step: stop, save by the clock of rank 0, commit what all of them have written;
-        and the sum of data problems."""
+        and the sums of data problems and of media (all but text, which is in the index) that were read."""
         overdue = time.monotonic() - self.last_save > self.config.checkpoint.every_minutes * 60
-        mine = [self.stop.received is not None, overdue and self.world.rank == 0, self.writer.written, num_problems]
-        stop, save, written, problems = self.world.sum(
-            torch.tensor(mine, dtype=torch.float64, device=self.world.device)
+        num_read = sum(int(mask.sum()) for name, mask in batch.present.items() if name != "text")
+        mine = [self.stop.received is not None, overdue and self.world.rank == 0, self.writer.written]
+        stop, save, written, problems, read = self.world.sum(
+            torch.tensor([*mine, len(batch.events), num_read], dtype=torch.float64, device=self.world.device)
         ).tolist()
-        return stop > 0, save > 0, written == self.world.size, problems
+        return stop > 0, save > 0, written == self.world.size, problems, read
 
     def _save(self, wait: bool) -> None:
         """Begin a checkpoint, after the log, so that a kill loses no line of a saved step; wait for it or go on."""
@@ -134,15 +135,15 @@ class Trainer:
                 f"look at one with 'parallelotope replay {self.run_dir} --step {step}', or lower optimizer.lr"
             )
 
-    def _bear_unreadable(self, num_problems: float) -> None:
-        """End a run that trains on what it cannot read, on every rank alike, before its checkpoints are all of that."""
+    def _bear_unreadable(self, num_problems: float, num_read: float) -> None:
+        """End a run that can read nothing but captions, on every rank alike, before its checkpoints are all of that."""
         step, allowed = self.session.progress.step, self.config.faults.max_unreadable_steps
-        self.num_unreadable = self.num_unreadable + 1 if num_problems >= self.config.train.global_batch else 0
+        self.num_unreadable = self.num_unreadable + 1 if num_problems and not num_read else 0
         if self.num_unreadable > allowed:
             raise UserError(
                 f"step {step}: {num_problems:.0f} data problems in a global batch of {self.config.train.global_batch}, "
-                f"as in the {allowed} steps before; faults.max_unreadable_steps allows {allowed}: see "
-                f"{self.run_dir / 'data_problems'}; is the dataset still there?"
+                f"no picture and no sound read, as in the {allowed} steps before; faults.max_unreadable_steps allows "
+                f"{allowed}: see {self.run_dir / 'data_problems'}; is the dataset still there?"
             )
 
     def _validate(self, log: RunLog) -> bool:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from data_pipeline.settings import load_settings
 from data_pipeline.shards import ShardedDataset, file_sha256, write_json
-from pretrain.checkpoint import FORMAT_VERSION, Progress, persistent_buffers
+from pretrain.checkpoint import FORMAT_VERSION, Progress
 from pretrain.config import RunConfig
 from pretrain.data.loader import EvalLoader
 from pretrain.grad_cache import no_stage
 from pretrain.identity import Identity
 from pretrain.model import PretrainModel
+from pretrain.stored_tensors import persistent_buffers
 from tests.tiny_dataset import SAMPLE_RATE_HZ
 
 Rows = dict[str, Tensor]

@@ -18,14 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.settings import UserError
-from pretrain.checkpoint import (
-    Progress,
-    StoredTensors,
-    checkpoint_name,
-    finished_checkpoints,
-    read_description,
-    to_prune,
-)
+from pretrain.checkpoint import Progress, checkpoint_name, finished_checkpoints, read_description, to_prune
 from pretrain.checkpoint_writer import CheckpointWriter, _owners
 from pretrain.collectives import World
 from pretrain.config import IDENTITY, RunConfig
@@ -33,6 +26,7 @@ from pretrain.evaluate import load_run
 from pretrain.identity import Identity
 from pretrain.run_lock import hold_run
 from pretrain.session import Session
+from pretrain.stored_tensors import StoredTensors
 from pretrain.tensor_file import PIECE_BYTES, write_tensors
 from tests.finished_run import run_config
 from tests.ranks import run_ranks

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from data_pipeline.settings import load_settings
-from pretrain.checkpoint import StoredTensors, finished_checkpoints
+from pretrain.checkpoint import finished_checkpoints
 from pretrain.collectives import World
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
 from pretrain.signals import EXIT_RUN_AGAIN, StopRequest
+from pretrain.stored_tensors import StoredTensors
 from pretrain.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.test_resume import drawn, losses, state, towers, write_config

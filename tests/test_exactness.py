@@ -44,6 +44,15 @@ def sample(ranks: int) -> list[Cell]:
     return chosen
 
 
+def test_five_steps_in_every_zero_stage(tmp_path: Path) -> None:
+    """The first rows of the table, without the slow tests."""
+    cells = [cell for cell in sample(2) if cell.group == TOPOLOGY]
+    assert {cell.stage for cell in cells} == {0, 1, 2, 3}
+    for row in measure_table(cells, tmp_path):
+        assert not row.missed, (row.missed, row.cell, row.measures)
+
+
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [pytest.param(ranks, marks=SLOW) for ranks in (1, 2, 4)])
 def test_five_steps_are_those_of_one_process_without_cache(tmp_path: Path, ranks: int) -> None:
     for row in measure_table(sample(ranks), tmp_path):

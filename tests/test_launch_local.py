@@ -49,6 +49,8 @@ print(f"rank {rank} of {os.environ['WORLD_SIZE']} says hello", flush=True)
 if deed == "exit":
     sys.exit(int(argument))
 if deed == "fail-after":
+    while not os.path.exists(f"{folder}/pid-0"):
+        time.sleep(0.02)
     time.sleep(float(argument))
     print("line that explains", file=sys.stderr)
     sys.exit(3)

@@ -64,7 +64,7 @@ def free_ports(number: int) -> list[int]:
 def parallelotope(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(BIN / "parallelotope"), *arguments],
-        capture_output=True, text=True, timeout=180, env=plain_environment(**environment),
+        capture_output=True, text=True, timeout=360, env=plain_environment(**environment),
     )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def wait_for(path: Path) -> None:
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 240
     while not path.exists():
         assert time.monotonic() < deadline_s
         time.sleep(0.1)

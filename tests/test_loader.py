@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -251,12 +250,34 @@ def test_what_is_not_the_samples_fault_ends_the_run_instead(
         evaluation(copy, 4)
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_dataset_that_is_away_ends_the_run_instead(folder: Path, tmp_path: Path) -> None:
+    """An unmounted file system looks like lost files: no sample is masked for it, as one is for a lost tar."""
+    copy = damage(folder, tmp_path / "copy", lambda tar, index: None)
+    assert len(evaluation(copy, 4)) > 0
+    copy.close()
+    place = tmp_path / "copy"
+    (place / "shard-000000.tar").unlink()
+    lost = [batch.events for batch in evaluation(copy, 4)]
+    assert any("No such file" in event.reason for events in lost for event in events)
+    copy.close()
+    place.rename(tmp_path / "elsewhere")
+    with pytest.raises(ShardUnavailable, match=r"shard-000000\.tar: No such file"):
+        evaluation(copy, 4)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda index: index.unlink(), "cannot be read"),
-        (lambda index: os.truncate(index, 100), "cannot be read"),
-        (lambda index: pq.write_table(pq.read_table(index).slice(1), index), "3 rows found, dataset.json expects 4"),
+        (lambda index: os.truncate(index, 100), "its checksum is not that of dataset.json"),
+        (lambda index: flip_a_bit(index), "its checksum is not that of dataset.json"),
+        (lambda index: shutil.copy(index.with_name("shard-000001.parquet"), index), "is not that of dataset.json"),
     ],
 )
 def test_an_index_that_is_not_whole_is_one_line(

@@ -171,6 +171,34 @@ def test_when_a_run_takes_what_is_there_now(folder: Path, tmp_path: Path) -> Non
     assert [pin.num_samples for pin in shared_pins(config, ALONE, begun=False)[0]] == [8]
 
 
+def test_what_was_accepted_and_is_lost_is_said_and_not_written_before_the_run_goes_on(
+    folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = load_settings(RunConfig, write_config(tmp_path / "c.yaml", folder, run, data={"validation": None}))
+    accepting = config.model_copy(update={"accept": ("dataset",)})
+    shared_pins(config, ALONE, begun=False)
+    grow(folder, 5)
+    accepted, _ = shared_pins(accepting, ALONE, begun=True)
+    keep_accepted(accepting, accepted)
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    data = accepting.data.model_copy(
+        update={"train": (accepting.data.train[0].model_copy(update={"path": str(moved)}),)}
+    )
+    elsewhere = accepting.model_copy(update={"data": data})
+    assert [pin.path for pin in shared_pins(elsewhere, ALONE, begun=True)[0]] == [str(moved)]
+    grow(moved, 2, name="shard-00000")
+    kept, _ = shared_pins(elsewhere, ALONE, begun=True)  # accepted once, wherever it lies now
+    assert [pin.num_samples for pin in kept] == [11]
+    change_shards(moved, "gone", 1)
+    less, notes = shared_pins(elsewhere, ALONE, begun=True)
+    assert [pin.num_samples for pin in less] == [8]
+    assert notes[0].startswith(f"accepted: dataset {moved}, split 'train': 4 shards with 11 samples were pinned")
+    assert read_pins(run) == kept
+    keep_accepted(elsewhere, less)
+    assert read_pins(run) == less
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_its_samples_while_the_dataset_grows(tmp_path: Path, small_dataset: Path) -> None:
     """Two datasets, one of which grows between two starts: as if it had not, on other ranks and workers too."""

@@ -26,7 +26,7 @@ from plotly.offline import get_plotlyjs
 
 from data_pipeline.settings import UserError, load_settings
 from data_pipeline.shards import ShardedDataset
-from pretrain.checkpoint import StoredTensors, finished_checkpoints
+from pretrain.checkpoint import finished_checkpoints
 from pretrain.config import RunConfig
 from pretrain.evaluate import own_score
 from pretrain.kept_embeddings import KeptEmbeddings, embeddings_path
@@ -38,6 +38,7 @@ from pretrain.report.projection import project
 from pretrain.report.scores import Answer, Question, answers, score_samples
 from pretrain.retrieval import evaluate_retrieval
 from pretrain.run_log import BETWEEN_STEPS, METRICS, STAGES, VALIDATION, append_line, read_lines
+from pretrain.stored_tensors import StoredTensors
 from pretrain.trainer import write_run_config
 from tests.test_resume import finish, write_config
 from tests.tiny_dataset import make_sample, noisy_members, write_dataset, write_mixed_dataset

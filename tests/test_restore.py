@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from pretrain.checkpoint import (
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World
 from pretrain.config import RunConfig
-from pretrain.resume import newest_checkpoint
-from pretrain.run_lock import check_shared, hold_run
+from pretrain.identity import Identity, check_tokenizer
+from pretrain.resume import _fresh, newest_checkpoint
+from pretrain.run_lock import NAME, check_shared, hold_run
 from pretrain.session import Session
+from pretrain.stored_tensors import StoredTensors
 from tests.finished_run import run_config
 from tests.ranks import run_ranks
 
@@ -122,7 +125,7 @@ def averages(world: World, argument: list[str]) -> dict[str, Any]:
     ended = Session(changed(plain, run_dir=str(folder / "ended")), world, sources[1])
     initial = changed(kept, run_dir=str(folder / "new"), objective=[{"name": "pmrl"}], init_from=str(folder / "plain"))
     started = Session(initial, world, None)
-    stored = checkpoint.StoredTensors(sources[0])
+    stored = StoredTensors(sources[0])
     model = begun.engine.model
     facts = {
         "begun": all(
@@ -147,30 +150,58 @@ def test_an_average_may_begin_and_end_and_weights_come_from_another_objective(
     assert facts["started"]
 
 
-def scores(world: World, argument: list[str]) -> list[float | None]:
-    """The best score that runs have which take up a checkpoint whose best is 0.9."""
-    folder, dataset = map(Path, argument)
-    config = run_config(folder / "run", dataset)
-    held_out = {"validation": {"path": str(dataset), "split": "val"}}
-    config = changed(config, data=held_out, train={"zero_stage": 0})
+def with_best(config: RunConfig, world: World) -> Path:
+    """A checkpoint whose best score is 0.9, of step 1."""
     session = Session(config, world, None)
-    session.progress = replace(session.progress, step=1, best_score=0.9, best_step=1)
     writer = CheckpointWriter(config, session.engine, session.identity, world)
-    writer.begin(session.progress)
+    writer.begin(replace(session.progress, step=1, best_score=0.9, best_step=1))
     writer.finish()
     writer.close()
-    source = finished_checkpoints(folder / "run")[-1]
-    others = (
-        config,
-        changed(config, validation={"max_samples": 2}),
-        changed(config, data={"validation": {"path": str(dataset), "split": "train"}}),
-    )
-    return [Session(other, world, source).progress.best_score for other in others]
+    return finished_checkpoints(Path(config.run_dir))[-1]
+
+
+def with_more_held_out(dataset: Path, folder: Path) -> tuple[Path, int]:
+    """The dataset with another shard in its validation split, and how many samples that had before."""
+    grown = Path(shutil.copytree(dataset, folder / "grown"))
+    catalogue = json.loads((grown / "dataset.json").read_text())
+    number = sum(shard["num_samples"] for shard in catalogue["shards"] if shard["split"] == "val")
+    added = next(shard for shard in catalogue["shards"] if shard["split"] == "train")
+    catalogue["shards"].append({**added, "split": "val"})
+    (grown / "dataset.json").write_text(json.dumps(catalogue))
+    return grown, number
+
+
+def scores(world: World, argument: list[str]) -> list[tuple[float | None, int | None]]:
+    """The best score, and its step, of runs that take up a checkpoint."""
+    folder, dataset = map(Path, argument)
+    grown, number = with_more_held_out(dataset, folder)
+    config = changed(
+        run_config(folder / "run", dataset),
+        data={"validation": {"path": str(dataset), "split": "val"}}, train={"zero_stage": 0},
+    )  # fmt: skip
+    few = changed(config, run_dir=str(folder / "few"), validation={"max_samples": number})
+    in_grown = {"validation": {"path": str(grown), "split": "val"}}
+    in_train = {"validation": {"path": str(dataset), "split": "train"}}
+    others = [
+        (config, [config, changed(config, data=in_grown), changed(config, data=in_train), few]),
+        (few, [few, changed(few, data=in_grown)]),
+    ]
+    found = []
+    for begun, taken_up in others:
+        source = with_best(begun, world)
+        for other in taken_up:
+            session = Session(other, world, source)
+            found.append((session.progress.best_score, session.progress.best_step))
+            said = any("measures something else now: step 1 is the best" in note for note in session.notes)
+            assert said == (session.progress.best_score is None)
+    return found
 
 
 def test_a_best_score_is_of_what_it_measures(tmp_path: Path, small_dataset: Path) -> None:
     (found,) = run_ranks("tests.test_restore:scores", 1, tmp_path, [str(tmp_path), str(small_dataset)])
-    assert found == [0.9, None, None]
+    forgotten = (None, 1)  # its checkpoint is not pruned before there is another one
+    expected = [(0.9, 1), forgotten, forgotten, forgotten, (0.9, 1), (0.9, 1)]
+    assert [tuple(pair) for pair in found] == expected
 
 
 @pytest.fixture
@@ -243,13 +274,67 @@ def test_folders_of_other_names_are_no_checkpoints(run: Path) -> None:
     assert newest_whole(run)[0] == first.with_name("step-100000000")
 
 
+@pytest.mark.parametrize("what", ["a link to what is away", "no folder", "its description is a loop"])
+def test_checkpoints_that_cannot_be_seen_are_not_taken_for_none(run: Path, what: str) -> None:
+    folder = run / "checkpoints"
+    if what == "its description is a loop":  # an error of stat that even root meets
+        description = finished_checkpoints(run)[-1] / "checkpoint.json"
+        description.unlink()
+        description.symlink_to(description)
+    else:
+        folder.rename(run / "elsewhere")
+        folder.write_text("") if what == "no folder" else folder.symlink_to(run / "gone")
+    with pytest.raises(Unreadable, match="cannot be read"):
+        finished_checkpoints(run)
+    with pytest.raises(UserError, match="cannot be read"):
+        newest_checkpoint(run, World())
+
+
+def test_damaged_ones_that_cannot_be_set_aside_are_said(run: Path) -> None:
+    last = finished_checkpoints(run)[-1]
+    spoil(last / "state-00000.safetensors")
+    last.with_name(f"damaged-{last.name}").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be set aside: Not a directory"):
+        newest_checkpoint(run, World())
+
+
+def test_scalars_go_on_where_they_mean_the_same(tmp_path: Path, small_dataset: Path) -> None:
+    def fresh(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+        was, here = (
+            Identity.of(changed(run_config(tmp_path, small_dataset), objective=parts), "") for parts in (before, now)
+        )
+        return _fresh(asdict(was), here)
+
+    gram, infonce = {"name": "gram"}, {"name": "infonce"}
+    assert fresh([gram, infonce], [{**gram, "weight": 0.5, "kernel": "pytorch", "label_smoothing": 0.0}, infonce]) == []
+    assert fresh([gram, infonce], [gram, {**infonce, "temperature_form": "divided"}]) == ["objective.parts.1."]
+    assert fresh([gram, infonce], [gram]) == ["objective.parts.1."]
+    assert fresh([gram], [gram, {**infonce, "learn_temperature": False}]) == ["objective.parts.1."]
+    assert fresh([gram], [infonce]) == ["objective.parts.0."]
+    assert fresh([gram], [{**gram, "temperature_range": [0.02, 1.0]}]) == ["objective.parts.0."]
+
+
+def test_a_tokenizer_of_another_name_or_of_none(tmp_path: Path, small_dataset: Path) -> None:
+    config = run_config(tmp_path, small_dataset)
+    found = asdict(Identity.of(config, ""))
+    check_tokenizer(tmp_path, found, config)
+    check_tokenizer(tmp_path, {**found, "tokenizer": None}, config)  # no text tower: a missing weight says it
+    with pytest.raises(UserError, match=r"'default' was 0123 then and is .* here; use the version"):
+        check_tokenizer(tmp_path, {**found, "tokenizer": "0123"}, config)
+    found["towers"]["text"]["tokenizer"] = "hf:other"
+    with pytest.raises(UserError, match=r"with the tokenizer 'hf:other', found 'default' here; expected towers\.text"):
+        check_tokenizer(tmp_path, {**found, "tokenizer": "0123"}, config)
+
+
 def sees(world: World, argument: str) -> str:
     """What a rank says of a run folder; the last rank looks into one of its own."""
     shared = Path(argument)
     lock = hold_run(shared) if world.rank == 0 else None
     mine = shared if world.rank < 2 else shared.with_name("elsewhere")
+    if world.rank == 2:
+        (mine / NAME).mkdir(parents=True)  # to read it is an error; the others wait for a word, not for an exception
     try:
-        check_shared(mine, world)
+        check_shared(mine, world, wait_s=3.0)
     except UserError as error:
         return str(error)
     finally:

@@ -19,8 +19,9 @@ import yaml
 
 from data_pipeline.settings import UserError
 from pretrain import checkpoint
-from pretrain.checkpoint import StoredTensors, finished_checkpoints, newest_whole
+from pretrain.checkpoint import finished_checkpoints, newest_whole
 from pretrain.run_log import METRICS, read_lines
+from pretrain.stored_tensors import StoredTensors, load_weights
 
 NUM_STEPS, GLOBAL_BATCH, TRAIN_SAMPLES = 14, 6, 23  # an epoch ends inside a batch
 TIMES = ("time_s/", "samples_per_s")
@@ -265,7 +266,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path, small_dataset: Pat
 def test_weights_of_another_shape_are_refused(uninterrupted: Path) -> None:
     source = finished_checkpoints(uninterrupted)[-1]
     with pytest.raises(UserError, match="is of another model"):
-        checkpoint.load_weights(torch.nn.Linear(2, 2), StoredTensors(source))
+        load_weights(torch.nn.Linear(2, 2), StoredTensors(source))
 
 
 def mounted(folder: Path, size: str) -> bool:

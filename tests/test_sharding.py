@@ -89,11 +89,12 @@ def wait_for_records(folder: Path, number: int, process: subprocess.Popen[str]) 
 
 def workers_of(session: int) -> list[int]:
     """Process ids of the Ray workers of a session that are at work on a task."""
-    return [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if path.exists() and path.read_bytes().startswith(b"ray::_run") and os.getsid(int(path.parent.name)) == session
-    ]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended meanwhile
+            if path.read_bytes().startswith(b"ray::_run") and os.getsid(int(path.parent.name)) == session:
+                found.append(int(path.parent.name))
+    return found
 
 
 def wait_for_worker(session: int) -> int:

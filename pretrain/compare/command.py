@@ -31,7 +31,7 @@ def compare_objectives(
     check_target_folder(out_dir, "out_dir", [CELLS], "one of an earlier start of this comparison")
     experiment = settings.experiment
     run = None if isinstance(experiment, SyntheticConfig) else corpus.cell_config(None, experiment, out_dir)
-    cells = list_cells(settings, run)
+    cells = list_cells(settings, run, page_only=page_only)
     results = [(cell, read_result(out_dir, cell)) for cell in cells]  # a mistake is said before anything is made
     failures: list[str] = []
     if not page_only and any(found is None for _, found in results):

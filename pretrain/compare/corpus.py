@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.settings import UserError, check_settings, read_yaml
+from data_pipeline.shards import publish
 from pretrain.compare.cells import Cell, Outcome
 from pretrain.compare.config import CorpusConfig
 from pretrain.config import RunConfig
@@ -61,7 +62,9 @@ def run_cell(cell: Cell, experiment: CorpusConfig, out_dir: Path) -> Outcome:
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(folder.suffix + ".yaml")
     _refuse_other_settings(folder, path, config)
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    publish(partial, path)
     log = folder.with_suffix(folder.suffix + ".log")
     data = experiment.data or config.data.train[0].path
     _command(["pretrain", str(path)], log)
@@ -74,10 +77,11 @@ def run_cell(cell: Cell, experiment: CorpusConfig, out_dir: Path) -> Outcome:
 
 
 def _refuse_other_settings(folder: Path, path: Path, config: RunConfig) -> None:
-    """A run goes on under another learning rate or budget; a cell must not."""
+    """A run goes on under another learning rate or budget; a cell must not. How its folder is spelled is no setting."""
     if not path.is_file():
         return
-    other = differences("", read_yaml(path), config.model_dump(mode="json"))
+    before, now = read_yaml(path), config.model_dump(mode="json")
+    other = differences("", {**before, "run_dir": ""}, {**now, "run_dir": ""})
     if other:
         raise UserError(f"run {folder} was begun with other settings: {'; '.join(other)}; delete it and {path}")
 

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean over `num` values and its 95 % interval; None where they do not spread: one value, or all equal."""
+    """A mean over `num` values and its 95 % interval; None where they do not spread: one value, or all equal.
+
+    Equal means up to rounding: differences of equal recalls are.
+    """
 
     num: int
     mean: float
@@ -28,7 +32,7 @@ class Interval:
 def t_interval(values: Sequence[float]) -> Interval:
     """mean +- t * s / sqrt(n), t of n - 1 degrees of freedom. Expects at least one value."""
     num, mean = len(values), fmean(values)
-    if num == 1 or (spread := stdev(values)) == 0:
+    if num == 1 or (spread := stdev(values)) <= ROUNDING * max(1.0, *map(abs, values)):
         return Interval(num=num, mean=mean, low=None, high=None)
     half = t_quantile(num - 1) * spread / math.sqrt(num)
     return Interval(num=num, mean=mean, low=mean - half, high=mean + half)

@@ -132,7 +132,7 @@ def held_pins(run: Path, data: DataConfig) -> tuple[list[Pin], list[str]]:
     # Where a dataset is may change, what it holds may not.
     held = [Pin(path=here.path, split=here.split, shards=pin.shards) for pin, here in zip(pins, now, strict=True)]
     if held != pins:
-        write_pins(run, held)
+        write_pins(run, held, accepted=_were_accepted(run))
     return held, notes
 
 
@@ -184,20 +184,26 @@ def _settled_pins(config: RunConfig, begun: bool) -> tuple[list[Pin], list[str]]
     run, accepts = Path(config.run_dir), "dataset" in config.accept
     accepted = _were_accepted(run)
     if accepts and not accepted:
-        pins, lines = renewed_pins(run, config.data)
-        return pins, [f"accepted: {line}" for line in lines]
+        return _newly_accepted(config)
     try:
         pins, notes = held_pins(run, config.data)
     except UserError:
-        if begun and not accepts:
+        if accepts:
+            return _newly_accepted(config)
+        if begun:
             raise
         pins, notes = renewed_pins(run, config.data)[0], []
-        write_pins(run, pins, accepted=accepts)
+        write_pins(run, pins)
     if accepted and not accepts:
         write_pins(run, pins)
     if accepts and notes:
         notes.append("what --accept dataset took at an earlier start is kept; start once without it to accept again")
     return pins, notes
+
+
+def _newly_accepted(config: RunConfig) -> tuple[list[Pin], list[str]]:
+    pins, lines = renewed_pins(Path(config.run_dir), config.data)
+    return pins, [f"accepted: {line}" for line in lines]
 
 
 def keep_accepted(config: RunConfig, pins: Sequence[Pin]) -> None:

@@ -125,10 +125,7 @@ class BatchStream:
             self._fork()
             if self._have_begun():
                 break
-            for process in self._running._workers:
-                process.kill()
-                process.join()
-            self._running._shutdown_workers()
+            self._end_workers(self._running)
             self._stop[1:] = bytes(self._num_workers)
         else:
             self._running = None
@@ -161,6 +158,11 @@ class BatchStream:
         if running is None or not self._num_workers:
             return
         atexit.unregister(self.close)
+        self._end_workers(running)
+
+    @staticmethod
+    def _end_workers(running: Any) -> None:
+        """By torch first: while it watches a worker, its SIGCHLD handler raises when that is killed."""
         running._shutdown_workers()  # the only way of torch's that does not wait for the garbage collector
         for process in running._workers:
             if process.is_alive():

@@ -93,7 +93,7 @@ def draw_pictures(
 def some_captions(dataset: ShardedDataset) -> list[str]:
     """The captions of up to `MAX_CAPTIONED` samples, evenly spread."""
     step = max(1, len(dataset) // MAX_CAPTIONED)
-    lists = dataset.index["captions"].take(list(range(0, len(dataset), step))).to_pylist()
+    lists = [dataset.row(position)["captions"] for position in range(0, len(dataset), step)]
     return [caption["text"] for captions in lists for caption in captions if (caption["text"] or "").strip()]
 
 

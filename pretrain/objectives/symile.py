@@ -1,8 +1,9 @@
 """Symile: contrast by the sum over dimensions of the product of all modalities (arXiv 2411.01053; code at d12e2c8).
 
 Each modality in turn is the row; its own tuple of the others competes with other tuples: with every one ("all", the
-code's n_squared for three modalities), or with as many as there are samples, each modality shuffled ("shuffled", the
-code's n). The product of k unit vectors has a spread of D^(-(k-1)/2), so the scale begins at its inverse.
+code's n_squared for three modalities), or with as many as the rarest modality has samples, each modality shuffled
+("shuffled", the code's n). The product of k unit vectors has a spread of D^(-(k-1)/2), so the scale begins at its
+inverse.
 """
 
 from __future__ import annotations

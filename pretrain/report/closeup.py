@@ -155,7 +155,7 @@ def _words(kept: KeptEmbeddings, dataset: ShardedDataset | None, rows: Sequence[
     positions = kept.positions[list(rows)].tolist()
     if dataset is None:
         return [f"sample {position}" for position in positions]
-    table = dataset.index.select(["key", "row_id", "clip_index", "captions"]).take(positions).to_pylist()
+    table = [dataset.row(position) for position in positions]
     words = [f"{sample_name(row)}: {chosen_caption(row, Augmentation()) or 'no caption'}" for row in table]
     cut = [text if len(text) <= MAX_WORDS else text[: MAX_WORDS - 1] + "…" for text in words]
     return [f"{text} ({row['key']})" for text, row in zip(cut, table, strict=True)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ import yaml
 from data_pipeline.settings import UserError, check_settings
 from pretrain.compare.cells import Cell, Outcome, list_cells, read_result, result_path, run_missing
 from pretrain.compare.config import CompareConfig, CorpusConfig
-from pretrain.compare.corpus import cell_config, check_cell, run_cell
+from pretrain.compare.corpus import _refuse_other_settings, cell_config, check_cell, run_cell
 from tests.finished_run import run_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,3 +188,31 @@ def test_what_the_trainer_cannot_do_is_refused(tmp_path: Path, small_dataset: Pa
             small_dataset,
             [{"label": "a", "objective": [{"name": "gram"}]}, {"label": "b", "objective": [{"name": "gram"}], **key}],
         )
+
+
+def test_a_page_of_a_corpus_that_is_gone(tmp_path: Path, small_dataset: Path) -> None:
+    data = Path(shutil.copytree(small_dataset, tmp_path / "data"))
+    entries = [{"label": "infonce", "objective": [{"name": "infonce"}]}]
+    cells, experiment = corpus(tmp_path, data, entries)
+    run_missing(tmp_path, cells, lambda cell: Outcome(metrics={"anti_aligned": 0.0}))
+    shutil.rmtree(data)
+    config = CompareConfig(out_dir="out", seeds=[3], baseline="infonce", experiment=experiment, objectives=entries)
+    run = cell_config(None, experiment, tmp_path / "out")
+    with pytest.raises(UserError, match="no such folder"):
+        list_cells(config, run)
+    (cell,) = list_cells(config, run, page_only=True)
+    result = read_result(tmp_path, cell)
+    assert result is not None
+    assert result["metrics"] == {"anti_aligned": 0.0}
+
+
+def test_a_run_is_the_same_however_its_folder_is_spelled(tmp_path: Path, small_dataset: Path) -> None:
+    cells, experiment = corpus(tmp_path, small_dataset, [{"label": "infonce", "objective": [{"name": "infonce"}]}])
+    config = cell_config(cells[0], experiment, tmp_path / "out")
+    path = tmp_path / "begun.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    elsewhere = config.model_copy(update={"run_dir": os.path.relpath(config.run_dir)})
+    assert elsewhere.run_dir != config.run_dir
+    _refuse_other_settings(tmp_path, path, elsewhere)
+    with pytest.raises(UserError, match="begun with other settings: seed is 3 there, 4 here"):
+        _refuse_other_settings(tmp_path, path, elsewhere.model_copy(update={"seed": 4}))

@@ -39,6 +39,12 @@ def test_values_that_do_not_spread_have_none_either() -> None:
     assert t_interval([0.25] * 4).half_width is None
 
 
+@pytest.mark.parametrize("values", [[0.3 - 0.2, 0.2 - 0.1], [0.031 - 0.001, 0.13 - 0.1, 0.53 - 0.5]])
+def test_equal_differences_have_none_whatever_their_last_bits(values: list[float]) -> None:
+    assert len(set(values)) > 1
+    assert t_interval(values).low is None
+
+
 def test_it_covers_the_truth_as_often_as_it_says() -> None:
     draws = random.Random(0)
     hits = 0

@@ -50,6 +50,7 @@ def reports(label: str) -> list[RetrievalReport]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_oriented_modalities_end_on_the_side_of_their_text_and_are_found_as_well() -> None:
     off, on = reports("gram"), reports("gram oriented by 2")
     cosines = [[report.positive_cosine[pair] for pair in ALL_PAIRS] for report in on]

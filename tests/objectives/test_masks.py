@@ -198,6 +198,7 @@ def test_a_view_that_is_not_there_is_named(name: str) -> None:
         ("infonce", {"pairs": []}, "pairs: none"),
         ("infonce", {"pairs": [("text", "text+video")]}, "names a modality twice"),
         ("sigmoid", {"pairs": [("text", "video"), ("video", "text")]}, "one is there twice"),
+        ("infonce", {"pairs": [("video+audio", "text"), ("audio+video", "text")]}, "one is there twice"),
         ("infonce", {"pairs": [("text", "video")], "anchor": "text"}, "not both"),
         ("unialign", {"weights": dict.fromkeys(("uniformity", "alignment", "volume", "centroid"), 0)}, "weight is 0"),
         ("gram", {"weight": float("nan")}, "finite"),
