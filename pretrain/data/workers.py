@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from data_pipeline.settings import UserError
 from pretrain.data.batch import Batch
@@ -160,9 +161,13 @@ class BatchStream:
         atexit.unregister(self.close)
         self._end_workers(running)
 
-    @staticmethod
-    def _end_workers(running: Any) -> None:
-        """By torch first: while it watches a worker, its SIGCHLD handler raises when that is killed."""
+    def _end_workers(self, running: Any) -> None:
+        """Those that never began are killed at once: torch would wait for each of them, and they hold nothing of it."""
+        signal_handling._remove_worker_pids(id(running))  # of a worker it watches, torch's SIGCHLD handler raises
+        running._worker_pids_set = False
+        for number, process in enumerate(running._workers):
+            if not self._stop[1 + number]:
+                process.kill()
         running._shutdown_workers()  # the only way of torch's that does not wait for the garbage collector
         for process in running._workers:
             if process.is_alive():
