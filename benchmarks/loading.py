@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument(
         "--num-batches", type=int, default=200, help="raw, of a measurement of speed; decoded a quarter"
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("loading.md"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Progress() as progress:

@@ -23,6 +23,8 @@ from data_pipeline.shard_cache import ShardCache
 from data_pipeline.shard_schema import INDEX_SCHEMA, SCHEMA_VERSION, DamagedMember, ShardInfo
 from data_pipeline.shard_store import NUM_CONNECTIONS, ShardUnavailable, open_files
 
+MAX_COLUMNED = 256  # shards whose columns are held one by one
+
 
 def read_file(location: Path | str, name: str) -> bytes:
     """A small file of a dataset in a folder or below a URL.
@@ -130,6 +132,7 @@ class ShardedDataset:
         self._max_open_files = max_open_files or (8 if self.is_remote else 64)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._expected: list[int] = []
+        self._columns: dict[int, list[tuple[str, pa.Array | pa.ChunkedArray]]] = {}
 
     def __len__(self) -> int:
         return int(self.index.num_rows)
@@ -157,10 +160,20 @@ class ShardedDataset:
     def row(self, position: int) -> dict[str, Any]:
         """The index row of the sample at `position`, a plain dict of the columns of `INDEX_SCHEMA`."""
         shard = self._shard_of(position)
-        first = self._shard_ends[shard] - self.shard_sizes[shard]
-        row = self._indices[shard].slice(position - first, 1).to_pylist()[0]
-        assert isinstance(row, dict)
-        return row
+        place = position - self._shard_ends[shard] + self.shard_sizes[shard]
+        return {name: column[place].as_py() for name, column in self._columns_of(shard)}
+
+    def _columns_of(self, shard: int) -> list[tuple[str, pa.Array | pa.ChunkedArray]]:
+        """The columns of a shard's index: a row of them takes a quarter of the time that one of a table takes."""
+        if shard not in self._columns:
+            if len(self._columns) >= MAX_COLUMNED:
+                self._columns.clear()
+            table = self._indices[shard]
+            self._columns[shard] = [
+                (name, column.chunk(0) if column.num_chunks == 1 else column)
+                for name, column in zip(table.column_names, table.columns, strict=True)
+            ]
+        return self._columns[shard]
 
     def expect(self, positions: Iterable[int]) -> None:
         """Say which samples are read next, in this order: their shards are then fetched several at a time."""

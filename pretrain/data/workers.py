@@ -163,8 +163,9 @@ class BatchStream:
 
     def _end_workers(self, running: Any) -> None:
         """Those that never began are killed at once: torch would wait for each of them, and they hold nothing of it."""
-        signal_handling._remove_worker_pids(id(running))  # of a worker it watches, torch's SIGCHLD handler raises
-        running._worker_pids_set = False
+        if running._worker_pids_set:  # of a worker it watches, torch's SIGCHLD handler raises
+            signal_handling._remove_worker_pids(id(running))
+            running._worker_pids_set = False
         for number, process in enumerate(running._workers):
             if not self._stop[1 + number]:
                 process.kill()
