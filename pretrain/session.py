@@ -77,7 +77,7 @@ class Session:
             return
         held_out, most = self.validation, self.config.validation.max_samples
         model = [self.identity.towers, self.identity.embedding_dim, self.identity.objective]
-        facts = [_first_shards(held_out.shards, most), most, *model]
+        facts = [_digest_of_first(held_out.shards, most), most, *model]
         measured = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         before, self.progress = self.progress, replace(self.progress, best_of=measured)
         if before.best_step is not None and before.best_of not in (None, measured):
@@ -135,7 +135,7 @@ class Session:
             self.engine.move_average(model.average, model.towers, keep)
 
 
-def _first_shards(shards: Sequence[ShardInfo], num_samples: int) -> str:
+def _digest_of_first(shards: Sequence[ShardInfo], num_samples: int) -> str:
     """A digest of the shards that hold the first `num_samples`: not of those that are added later."""
     starts = [0, *accumulate(shard.num_samples for shard in shards)]
     return shards_digest([s for s, start in zip(shards, starts, strict=False) if start < num_samples])
